@@ -1,0 +1,100 @@
+"""Modified batch norm: measure every s-th row and column, normalize everything."""
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.amp.autocast_mode import is_autocast_available
+
+from normbench.norms.base import PlainBatchNorm
+from normbench.values import flag, one_of, positive_int
+
+
+class MBN(PlainBatchNorm):
+    """Batch norm whose statistics come from 1/stride² of the map, to save the time of measuring all of it.
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    mean and var (÷n) over the batch and all spatial axes of x[..., ::stride, ::stride], every spatial axis
+    strided; gradients flow through them. A map smaller than the stride gives its first row and column.
+
+    Args:
+        num_features: channels C.
+        stride: spatial step of the statistics sample, ≥ 1; does nothing on (N, C).
+        affine_impl: how scale and shift are computed: depthwise (a 1×1 depthwise convolution, as published)
+            or vector (multiply and add); equal results, other kernels.
+        train_affine: False freezes weight and bias, which is what the 2019 runs did.
+        impl: which code computes the layer; reference is plain torch.
+        eps: added to the variance, ≥ 0.
+        momentum: weight of the new batch in the running statistics, 0 to 1; None averages all batches.
+        affine: False leaves weight and bias None.
+        track_running_stats: False keeps no running statistics and uses the batch's in evaluation too.
+        stored_var: which variance enters running_var: unbiased, ÷(n−1), or biased, ÷n; n is the sample's.
+        train_weight: False freezes the weight at its start.
+        train_bias: False freezes the bias at its start.
+    Shape: (N, C, *) → (N, C, *), 0 to 3 spatial axes.
+    State: running_mean (C,), running_var (C,) by stored_var, num_batches_tracked ().
+    Raises: ValueError — another channel count or rank; one sampled value per channel.
+    Source: nrajmalwar, Modified-Batch-Normalization (GitHub), `MBatchNorm.py` and PartC.
+        Differs from the source in: it runs (the published class returned from the fused path before it);
+        weight and bias are (C,) vectors, not kernels; torch's eps and momentum; channels first;
+        the source stored the ÷n variance (stored_var=biased).
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        stride: int = 1,
+        affine_impl: str = "depthwise",
+        train_affine: bool = True,
+        impl: str = "reference",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        stored_var: str = "unbiased",
+        train_weight: bool = True,
+        train_bias: bool = True,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            stored_var=stored_var,
+            train_weight=train_weight,
+            train_bias=train_bias,
+        )
+        self.stride = positive_int("stride", stride)
+        self.affine_impl = one_of("affine_impl", affine_impl, ("depthwise", "vector"))
+        self.train_affine = flag("train_affine", train_affine)
+        self.impl = one_of("impl", impl, ("reference",))
+        if not train_affine:
+            self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # the seam: another `impl` computes output and running statistics from x in its own operator
+        return super().forward(x)
+
+    def sample(self, x: Tensor) -> Tensor:  # (N, C, H, W) → (N, C, ⌈H/s⌉, ⌈W/s⌉)
+        return x[(slice(None),) * 2 + (slice(None, None, self.stride),) * (x.ndim - 2)]
+
+    def scale_and_shift(self, x: Tensor) -> Tensor:
+        if self.weight is None or self.bias is None or self.affine_impl == "vector":
+            return super().scale_and_shift(x)
+        conv = (F.conv1d, F.conv1d, F.conv2d, F.conv3d)[x.ndim - 2]
+        values = x.unsqueeze(-1) if x.ndim == 2 else x
+        kernel = self.weight.to(x.dtype).view((-1,) + (1,) * (values.ndim - 1))  # (C, 1, 1, 1) for maps
+        device = x.device.type
+        # autocast would round the normalized values and the weights
+        exact = torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
+        with exact:
+            y = conv(values, kernel, self.bias.to(x.dtype), groups=self.num_features)
+        if x.ndim > 3:  # some kernels answer in the other memory format
+            last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+            kept = last if x.is_contiguous(memory_format=last) else torch.contiguous_format
+            y = y.contiguous(memory_format=kept)
+        return y.view(x.shape) if x.ndim == 2 else y
