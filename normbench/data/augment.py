@@ -1,0 +1,102 @@
+"""Random changes to a batch of images, as pure functions of the images and a CPU generator.
+
+Each function draws all its numbers at once, in the order its docstring says, on the CPU, so that equal keys
+give equal images on every device. Sizes: N images, C channels, H rows, W columns.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def pad(images: Tensor, padding: int, mode: str) -> Tensor:
+    """(N, C, H, W) → (N, C, H + 2·padding, W + 2·padding), mode zero or reflect (padding < H, W)."""
+    if mode == "zero":
+        return functional.pad(images, [padding] * 4)
+    if mode != "reflect":
+        raise ValueError(f"mode must be zero or reflect, got {mode!r}")
+    for dim in (2, 3):  # torch's own reflection does not take uint8
+        last = images.shape[dim] - 1
+        if padding > last:
+            raise ValueError(f"padding must be below {last + 1} with mode reflect, got {padding}")
+        at = torch.arange(-padding, last + 1 + padding, device=images.device)
+        images = images.index_select(dim, last - (last - at.abs()).abs())
+    return images
+
+
+def crop_at(images: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
+    """The (height, width) window of each image whose upper left corner is (top, left), both (N,) int64."""
+    windows = images.unfold(2, height, 1).unfold(3, width, 1)  # (N, C, tops, lefts, height, width), a view
+    sample = torch.arange(len(images), device=images.device)
+    return windows[sample, :, top.to(images.device), left.to(images.device)]
+
+
+def random_crop(images: Tensor, padding: int, mode: str, generator: torch.Generator) -> Tensor:
+    """Pad every side, then cut each image back to its size at its own place: (N, C, H, W) → (N, C, H, W).
+
+    Draws: N tops, then N lefts, each 0 … 2·padding. Zero padding is black before normalisation.
+    """
+    tops, lefts = torch.randint(0, 2 * padding + 1, (2, len(images)), generator=generator)
+    height, width = images.shape[2:]
+    return crop_at(pad(images, padding, mode), tops, lefts, height, width)
+
+
+def random_flip(images: Tensor, p: float, generator: torch.Generator) -> Tensor:
+    """Mirror each image left to right with probability p: (N, C, H, W) → (N, C, H, W). Draws: N uniforms."""
+    chosen = torch.rand(len(images), generator=generator) < p
+    return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(3), images)
+
+
+def cutout_holes(
+    num_images: int, height: int, width: int, side: int, p: float, generator: torch.Generator
+) -> Tensor:
+    """Square holes as (N, 4) int64 of top, left, bottom, right (ends excluded); all 0 where there is none.
+
+    The centre is uniform over the image; what lies outside is lost, so a hole has at most side² pixels.
+    Draws: N uniforms (a hole where below p), N rows, N columns.
+    """
+    chosen = torch.rand(num_images, generator=generator) < p
+    row = torch.randint(0, height, (num_images,), generator=generator)
+    column = torch.randint(0, width, (num_images,), generator=generator)
+    top, left = row - side // 2, column - side // 2
+    holes = torch.stack(
+        [top.clamp(min=0), left.clamp(min=0), (top + side).clamp(max=height), (left + side).clamp(max=width)],
+        1,
+    )
+    return holes * chosen[:, None]
+
+
+def fill_holes(images: Tensor, holes: Tensor) -> Tensor:
+    """`images` (N, C, H, W) with 0 inside each image's hole (N, 4); memory format kept."""
+    top, left, bottom, right = holes.to(images.device)[:, :, None].unbind(1)  # (N, 1) each
+    row = torch.arange(images.shape[2], device=images.device)
+    column = torch.arange(images.shape[3], device=images.device)
+    in_rows = (row >= top) & (row < bottom)  # (N, H)
+    in_columns = (column >= left) & (column < right)  # (N, W)
+    hole = in_rows[:, :, None] & in_columns[:, None, :]  # (N, H, W)
+    return images.clone().masked_fill_(hole[:, None], 0)  # masked_fill alone loses channels last
+
+
+def random_cutout(images: Tensor, side: int, p: float, generator: torch.Generator) -> Tensor:
+    """Put 0 into a square of an image with probability p: (N, C, H, W) → the same. Draws: cutout_holes'."""
+    holes = cutout_holes(len(images), images.shape[2], images.shape[3], side, p, generator)
+    return fill_holes(images, holes)
+
+
+def random_resized_box(height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of a random part of an image: 8-100 % of its area, sides 3:4 to 4:3.
+
+    torchvision's RandomResizedCrop: the first of ten tries that fits, else the middle at the nearest legal
+    ratio. Draws: 10 × 4 uniforms (area, ratio, top, left of each try), used or not.
+    """
+    low, high = 3 / 4, 4 / 3
+    for area, ratio, top, left in torch.rand(10, 4, generator=generator, dtype=torch.float64).tolist():
+        area = height * width * (0.08 + area * 0.92)
+        ratio = low * (high / low) ** ratio
+        w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            y, x = int(top * (height - h + 1)), int(left * (width - w + 1))
+            return x, y, x + w, y + h
+    w, h = min(width, round(height * high)), min(height, round(width / low))
+    x, y = (width - w) // 2, (height - h) // 2
+    return x, y, x + w, y + h

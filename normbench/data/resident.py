@@ -1,0 +1,69 @@
+"""Images held in memory on the device: a batch is gathered, augmented and normalised there."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from normbench.data.augment import random_crop, random_cutout, random_flip
+from normbench.data.options import Augment, DatasetOptions
+from normbench.data.reading import Images
+from normbench.seeds import Seeds
+
+
+class Normalizer:
+    """uint8 (N, C, H, W) → float32 (x/255 - mean)/std, channels last if asked."""
+
+    def __init__(self, options: DatasetOptions, device: torch.device, channels_last: bool) -> None:
+        # with mean 0 and std 1 this divides by 255, exactly as torchvision's ToTensor
+        self.mean = (
+            (torch.tensor(options.mean, dtype=torch.float64) * 255).float().view(1, -1, 1, 1).to(device)
+        )
+        self.std = (torch.tensor(options.std, dtype=torch.float64) * 255).float().view(1, -1, 1, 1).to(device)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __call__(self, images: Tensor) -> Tensor:
+        x = images.to(torch.float32, memory_format=self.memory_format)
+        return x.sub_(self.mean).div_(self.std)
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Batches from images in memory; `rows` are the images of each batch, (n,) int64 on the CPU."""
+
+    data: Images
+    augment: Augment
+    normalize: Normalizer
+
+    @property
+    def labels(self) -> Tensor:
+        """Of all images, (N,)."""
+        return self.data.labels
+
+    def augmented(
+        self, rows: Sequence[Tensor], seeds: Seeds, epoch: int, first_step: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training batches; the random numbers of step s come from the key ("augment", epoch, s)."""
+        augment = self.augment
+        for step, at in enumerate(rows, first_step):
+            images, labels = self._gather(at)
+            generator = seeds.generator("augment", epoch, step)
+            if augment.crop:
+                images = random_crop(images, augment.crop, augment.crop_padding, generator)
+            if augment.flip:
+                images = random_flip(images, augment.flip, generator)
+            x = self.normalize(images)
+            if augment.cutout:
+                x = random_cutout(x, augment.cutout, augment.cutout_p, generator)
+            yield x, labels
+
+    def plain(self, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches as they are, only normalised."""
+        for at in rows:
+            images, labels = self._gather(at)
+            yield self.normalize(images), labels
+
+    def _gather(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        at = at.to(self.data.images.device, non_blocking=True)
+        return self.data.images.index_select(0, at), self.data.labels.index_select(0, at)
