@@ -1,0 +1,76 @@
+"""Puts the norm into a finished model's slots, and keeps the list of what stands there."""
+
+import copy
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from normbench.models.units import MakeNorm, Slot
+from normbench.values import nearest, one_of
+
+CHOICES = ("all", "none", "conv", "fc", "first", "last")
+
+
+def place_norms(
+    model: nn.Module, norm: MakeNorm, norm_layers: str | Sequence[str], input_shape: tuple[int, ...]
+) -> dict[str, nn.Module]:
+    """Fill the chosen slots with what `norm(num_features)` returns, the others with nothing.
+
+    Slots are filled in the order of the forward pass, in which the models register them.
+
+    Args:
+        norm: a callable; one with a parameter `spatial_shape` is also told the map's (H, W), () after a
+            linear layer.
+        norm_layers: all, none, conv, fc, first, last or a list of slots' names.
+        input_shape: (C, H, W) of one image.
+
+    Returns: every module that `norm` returned, whatever its class, by name.
+    Raises: ValueError — an unknown name, or fc in a model without such slots; TypeError — no module returned.
+    """
+    slots = {name: slot for name, slot in model.named_modules() if isinstance(slot, Slot)}
+    chosen = choose(slots, norm_layers, type(model).__name__)
+    shapes = spatial_shapes(model, input_shape) if takes_spatial_shape(norm) else None
+    placed: dict[str, nn.Module] = {}
+    for name, slot in slots.items():
+        if name in chosen:
+            extra = {} if shapes is None else {"spatial_shape": shapes[name]}
+            layer = norm(slot.num_features, **extra)
+            if not isinstance(layer, nn.Module):
+                raise TypeError(f"norm must return a torch.nn.Module, got {type(layer).__name__}")
+            placed[name] = layer
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, placed.get(name, nn.Identity()))
+    return placed
+
+
+def choose(slots: dict[str, Slot], norm_layers: str | Sequence[str], model: str) -> set[str]:
+    """The names of the slots that `norm_layers` means."""
+    names = list(slots)
+    if not isinstance(norm_layers, str) and isinstance(norm_layers, Sequence):
+        for name in norm_layers:
+            if name not in slots:
+                raise ValueError(f"norm_layers: {model} has no norm layer {name!r}{nearest(name, names)}")
+        return set(norm_layers)
+    kind = one_of("norm_layers", norm_layers, CHOICES)
+    if kind == "fc" and not any(slot.kind == "fc" for slot in slots.values()):
+        raise ValueError(f"norm_layers=fc: {model} has no norm after a linear layer; use all, conv or a list")
+    wanted = {"all": names, "none": [], "first": names[:1], "last": names[-1:]}
+    return set(wanted.get(kind, [name for name in names if slots[name].kind == kind]))
+
+
+def takes_spatial_shape(norm: MakeNorm) -> bool:
+    """Whether the callable, through functools.partial too, has a parameter of that name."""
+    try:
+        return "spatial_shape" in inspect.signature(norm).parameters
+    except ValueError:  # a builtin without a signature
+        return False
+
+
+def spatial_shapes(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The map that each slot sees, found by one forward pass of a copy without numbers."""
+    twin = copy.deepcopy(model).to("meta").eval()
+    with torch.no_grad():
+        twin(torch.empty((1, *input_shape), device="meta"))
+    return {name: slot.spatial_shape for name, slot in twin.named_modules() if isinstance(slot, Slot)}
