@@ -10,10 +10,16 @@ class Refused(ValueError):
     """A person's mistake; its text is the one line the person reads. The doors exit with code 2."""
 
 
+def closest(name: str, allowed: Iterable[str]) -> str | None:
+    """What `name` was probably meant to be, if anything allowed looks like it."""
+    close = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.55)
+    return close[0] if close else None
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """`; did you mean 'stride'?` when something allowed looks like `name`, else the empty string."""
-    close = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.55)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close = closest(name, allowed)
+    return f"; did you mean {close!r}?" if close else ""
 
 
 def _is_int(value: Any) -> bool:

@@ -1,0 +1,122 @@
+"""How a Hydra door opens: late imports, one line and exit code 2 for a mistake, tracebacks for ours."""
+
+import argparse
+import os
+import re
+import sys
+from typing import NoReturn
+
+from hydra._internal.utils import get_args_parser
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from normbench.config import GROUPS, conf_dir, register_resolvers, unknown_key, unknown_option
+from normbench.values import Refused
+
+
+def run(door: str) -> None:
+    """Run one Hydra door with the process's arguments."""
+    import hydra
+
+    from normbench import sweep
+
+    register_resolvers()
+    traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra.main then raises instead of printing and exiting
+    check_arguments(door)
+    job = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=door)(sweep.job)
+    try:
+        job()
+    except sweep.SweepFailed as failed:
+        print(failed, file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except (Refused, HydraException, OmegaConfBaseException) as error:
+        if traceback_wanted:
+            raise
+        refuse(door, explain(error))
+    finally:
+        if not traceback_wanted:
+            del os.environ["HYDRA_FULL_ERROR"]
+
+
+def refuse(door: str, line: str) -> NoReturn:
+    """Print the one line and exit with code 2."""
+    print(f"normbench {door}: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_arguments(door: str) -> None:
+    """argparse would answer a wrong option with eight lines of usage; one is enough."""
+    parser: argparse.ArgumentParser = get_args_parser()
+
+    def one_line(message: str) -> NoReturn:
+        refuse(door, f"{message}; see python -m normbench.{door} --help")
+
+    parser.error = one_line  # type: ignore[method-assign]
+    arguments = parser.parse_args()
+    for override in arguments.overrides:
+        if "=" not in override and not override.startswith("~"):
+            refuse(door, f"{override!r} is no override; write key=value")
+        if override.startswith(("hydra.mode=", "hydra/sweeper=")):
+            refuse(door, f"{override}: sessions are planned by normbench's own sweeper; leave it out")
+
+
+def explain(error: Exception) -> str:
+    """One line in our words for a composition error of Hydra's."""
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        path = str(error.missing_cfg_file)
+        group = max((g for g in (*GROUPS, "study") if path.startswith(f"{g}/")), key=len, default="config")
+        return unknown_option(group, path.removeprefix(f"{group}/"), error.options)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not a valid override ({str(error).splitlines()[0]})"
+    message = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, ConfigCompositionException):
+        return explain_composition(message, error)
+    return message
+
+
+def explain_composition(message: str, error: Exception) -> str:
+    """`Could not override 'epoch'.` becomes `unknown key 'epoch'; did you mean 'epochs'?`."""
+    match = re.match(r"Could not override '([^'@]+)", message)
+    if match:
+        key, owners = match[1], legal_keys()
+        if owners.get(key):
+            group = key.partition(".")[0]
+            return f"{key}: the chosen {group} has no such key; {group}={','.join(owners[key])} has it"
+        return unknown_key(key, owners)
+    if error.__cause__ is not None and str(error.__cause__):
+        return f"{message}: {str(error.__cause__).splitlines()[0]}"
+    return message
+
+
+def legal_keys() -> dict[str, list[str]]:
+    """Every key that some choice of `conf/` has, with the options that have it."""
+    keys: dict[str, list[str]] = {}
+    for file in sorted(conf_dir().rglob("*.yaml")):
+        group = file.relative_to(conf_dir()).parent.as_posix().replace("/", ".").strip(".")
+        if group.startswith(("hydra", "study")):
+            continue
+        if group:
+            keys.setdefault(group, [])
+        tree = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        for key in dotted(tree, f"{group}." if group else ""):
+            keys.setdefault(key, []).extend([file.stem] if group else [])
+    return keys
+
+
+def dotted(tree: object, prefix: str) -> list[str]:
+    """The dotted names of a mapping's leaves and branches."""
+    names: list[str] = []
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if key != "defaults":
+            names += [f"{prefix}{key}", *dotted(value, f"{prefix}{key}.")]
+    return names

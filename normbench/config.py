@@ -1,0 +1,259 @@
+"""Where typos die: composed configuration in, a typed `Config` out, or one line that names the cure.
+
+`conf/` is the schema. A key is legal when `conf/` composes it for the chosen options, and a value must be of
+the kind that stands there; `RULES` adds the ranges. Nothing here imports torch: a wrong key answers at once.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from normbench.data.options import DatasetOptions
+from normbench.rules import RULES, Interval, interval
+from normbench.values import Refused, closest, nearest
+
+Values = dict[str, Any]
+GROUPS = ("model", "dataset", "norm", "batch", "optim", "optim/schedule")
+
+
+def conf_dir() -> Path:
+    """The folder of YAML files: inside an installed package, else beside the package in a checkout."""
+    package = Path(__file__).resolve().parent
+    shipped = package / "conf"
+    return shipped if shipped.is_dir() else package.parent / "conf"
+
+
+def register_resolvers() -> None:
+    """`${or:a,b}` is a unless it is null, else b; `${unless:a,b}` is null where a is given, else b."""
+    OmegaConf.register_new_resolver("or", lambda a, b: b if a is None else a, replace=True)
+    OmegaConf.register_new_resolver("unless", lambda a, b: b if a is None else None, replace=True)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One setting with its session, checked. Mappings go to the constructors that own their options."""
+
+    choices: Mapping[str, str]
+    model: Values
+    dataset: Values
+    norm: Values
+    batch: Values
+    optim: Values
+    epochs: int | None
+    steps: int | None
+    session: int
+    seed: int
+    precision: str
+    compile: bool
+    device: str
+    channels_last: bool
+    select: str
+    deterministic: bool
+    eval_every: Interval
+    threads: int | None
+    data_dir: str
+    out: str
+    tensorboard: bool
+    save_model: bool
+    study: str
+
+    @classmethod
+    def of(cls, values: Values, choices: Mapping[str, str]) -> "Config":
+        """The typed view of checked, resolved values."""
+        known = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
+        unit = "steps" if values["steps"] is not None else "epochs"
+        known["eval_every"] = interval("eval_every", values["eval_every"], unit)
+        return cls(choices=choices, **{**known, "study": values["study"]["name"]})
+
+
+class Composer:
+    """Composes and checks the configurations of one door; what `conf/` alone composes is its schema."""
+
+    def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
+        self.loader = loader
+        self.hydra_overrides: list[str] = list(master.hydra.overrides.hydra)
+        self.door: str = master.hydra.job.config_name
+        self.schemas: dict[tuple[tuple[str, str], ...], Values] = {}
+        self.choices: dict[tuple[str, ...], dict[str, str]] = {}
+
+    def load(self, overrides: Sequence[str]) -> DictConfig:
+        """Hydra's composition of these overrides, Hydra's own node included."""
+        return self.loader.load_configuration(
+            self.door, [*self.hydra_overrides, *overrides], run_mode=RunMode.RUN, from_shell=False
+        )
+
+    def schema(self, choices: Mapping[str, str]) -> Values:
+        """What `conf/` composes for these choices alone: the legal keys and the kinds of their values."""
+        key = tuple(sorted(choices.items()))
+        if key not in self.schemas:
+            self.schemas[key] = plain(self.load([f"{group}={option}" for group, option in key]))
+        return self.schemas[key]
+
+    def usual(self, choices: Mapping[str, str]) -> tuple[Values, dict[str, str]]:
+        """What this model, data set and norm usually go with: what a short id need not mention."""
+        default = dict(self.choices_of(f"optim={choices['optim']}"))
+        default["optim"] = self.choices_of()["optim"]
+        return self.schema({**choices, "batch": default["batch"]}), default
+
+    def choices_of(self, *overrides: str) -> dict[str, str]:
+        """The option that every group has with these overrides."""
+        if overrides not in self.choices:
+            choices = self.load(overrides).hydra.runtime.choices
+            self.choices[overrides] = {group: str(choices.get(group)) for group in GROUPS}
+        return self.choices[overrides]
+
+    def own(self, group: str, option: str) -> bool:
+        """Whether this option is one of our YAML files rather than a user's from `--config-dir`."""
+        return (conf_dir() / group / f"{option}.yaml").is_file()
+
+    def compose(self, overrides: Sequence[str]) -> tuple[Values, dict[str, str]]:
+        """Checked, resolved values and the chosen option of every group; Refused names what is wrong."""
+        cfg = self.load(overrides)
+        choices = {group: str(cfg.hydra.runtime.choices.get(group)) for group in GROUPS}
+        for group, option in choices.items():
+            options = self.loader.get_group_options(group)
+            if option not in options:
+                raise Refused(unknown_option(group, option, options))
+        values = plain(cfg)
+        schema = self.schema(choices)
+        judged_elsewhere = choices["norm"] == "custom" or not self.own("norm", choices["norm"])
+        self.check(values, schema, skip="norm." if judged_elsewhere else None)
+        check_together(values, choices)
+        return values, choices
+
+    def check(self, values: Values, schema: Values, skip: str | None) -> None:
+        """Every key known, every value of its kind and in range."""
+        given, known = dict(flatten(values)), dict(flatten(schema))
+        for key in sorted([*given, *known], key=lambda k: "." in k):  # shorthands before what they set
+            if skip and key.startswith(skip):
+                continue
+            if key not in known:
+                raise Refused(unknown_key(key, known))
+            if key not in given:
+                raise Refused(f"{key} was deleted; every key of conf/ must keep a value")
+            check_value(key, given[key], known[key])
+
+
+def plain(cfg: DictConfig) -> Values:
+    """Resolved, ordinary containers, without Hydra's own node."""
+    values = {}
+    for name in map(str, cfg):
+        if name == "hydra":
+            continue
+        try:
+            node = cfg[name]
+            is_tree = OmegaConf.is_config(node)
+            values[name] = OmegaConf.to_container(node, resolve=True) if is_tree else node
+        except OmegaConfBaseException as error:
+            raise Refused(f"{name}: {str(error).splitlines()[0]}") from error
+    return values
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values; lists are values, and so is everything under `study`."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value and prefix != "study.":
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def unknown_key(key: str, known: Mapping[str, Any]) -> str:
+    """`unknown key 'epoch'; did you mean 'epochs'?`, looking beside it first and then everywhere."""
+    parent, _, leaf = key.rpartition(".")
+    beside = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
+    anywhere = {k.rpartition(".")[2]: k for k in known}
+    for names in (beside, anywhere):
+        close = closest(leaf, names)
+        if close:
+            return f"unknown key '{key}'; did you mean '{names[close]}'?"
+    return f"unknown key '{key}'" + (f"; there are {', '.join(beside.values())}" if parent and beside else "")
+
+
+def unknown_option(group: str, option: str, options: Sequence[str]) -> str:
+    """`norm=mnb: no such norm; did you mean 'mbn'?`"""
+    hint = nearest(option, options) or f"; there are {', '.join(sorted(options))}"
+    return f"{group}={option}: no such {group}{hint}"
+
+
+def check_value(key: str, value: Any, default: Any) -> None:
+    """The value is of the default's kind and keeps the key's rule."""
+    leaf = key.rpartition(".")[2]
+    if leaf == "_target_" or key in ("dataset.name", "optim.name", "optim.schedule.name"):
+        if value != default:
+            raise Refused(f"{key} names what its group chose and cannot be set to {value!r}; choose with "
+                          f"{key.rpartition('.')[0].replace('.', '/')}=…")  # fmt: skip
+        return
+    try:
+        if key.startswith("dataset."):
+            return  # DatasetOptions judges these together
+        if key in RULES:
+            RULES[key](key, value)
+        elif default is not None and kind(value) not in (kind(default), *WIDER.get(kind(default), ())):
+            raise ValueError(f"{key} must be {KINDS[kind(default)]} like {show(default)}, got {value!r}")
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
+KINDS = {"bool": "true or false", "int": "an int", "float": "a number", "str": "a word", "list": "a list",
+         "dict": "a mapping", "NoneType": "null"}  # fmt: skip
+WIDER = {"float": ("int",)}
+
+
+def kind(value: Any) -> str:
+    """The name of a value's type as YAML knows it."""
+    return type(value).__name__
+
+
+def show(value: Any) -> str:
+    """A value as a person types it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def norms_with_stride() -> list[str]:
+    """The norm options whose YAML has a `stride`."""
+    return sorted(
+        f.stem for f in (conf_dir() / "norm").glob("*.yaml") if re.search(r"^stride:", f.read_text(), re.M)
+    )
+
+
+def check_together(values: Values, choices: Mapping[str, str]) -> None:
+    """What no key can judge alone."""
+    norm, stride = choices["norm"], values["stride"]
+    if stride is not None and "stride" not in values["norm"]:
+        raise Refused(f"stride={stride}: norm={norm} has no stride; use {' or '.join(norms_with_stride())}, "
+                      "or leave stride out (a study's arms let both share a sweep)")  # fmt: skip
+    if stride is not None and stride != values["norm"]["stride"]:
+        raise Refused(f"stride={stride} contradicts norm.stride={values['norm']['stride']}; set one of them")
+    if norm == "custom" and values["norm"].get("_target_") in (None, "???"):
+        raise Refused("norm=custom needs the layer's class: norm._target_=my_package.MyNorm")
+    if values["steps"] is None and values["epochs"] is None:
+        raise Refused("epochs=null and steps=null; give one of them")
+    if values["steps"] is not None and values["epochs"] is not None:
+        raise Refused(f"epochs={values['epochs']} and steps={values['steps']} exclude each other; give one")
+    check_dataset(values)
+    if values["select"] == "best_val" and not values["dataset"]["val_fraction"]:
+        raise Refused(
+            "select=best_val needs a held-out part of the training set: set dataset.val_fraction=0.1"
+        )
+    if values["optim"].get("nesterov") and not values["optim"]["momentum"]:
+        raise Refused("optim.nesterov=true needs optim.momentum > 0, got 0; set optim.nesterov=false")
+
+
+def check_dataset(values: Values) -> None:
+    """The data set's options, by their owner; and at least one batch."""
+    try:
+        options = DatasetOptions.from_mapping(values["dataset"])
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    size, samples = values["batch"]["size"], options.train_samples
+    if options.drop_last and size > samples:
+        raise Refused(f"batch.size={size} is larger than the {samples} training samples, and "
+                      f"dataset.drop_last=true would leave no batch; use a smaller batch")  # fmt: skip

@@ -1,0 +1,98 @@
+"""The machine under a session: which device, how to time it, how much memory it took, what it is called."""
+
+import os
+import platform
+import resource
+import time
+from pathlib import Path
+
+import torch
+
+from normbench.values import Refused
+
+
+def pick(name: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise Refused(
+            f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices; use device=auto"
+        )
+    return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Stopwatch:
+    """Seconds of device work between `start` and `stop`, synchronized on both sides, added up until `lap`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.total_s = 0.0
+        self.began: float | None = None
+
+    def start(self) -> None:
+        """Start, or go on after a pause."""
+        synchronize(self.device)
+        self.began = time.perf_counter()
+
+    def stop(self) -> None:
+        """Pause."""
+        synchronize(self.device)
+        if self.began is not None:
+            self.total_s += time.perf_counter() - self.began
+            self.began = None
+
+    def lap(self) -> float:
+        """The seconds so far; counts from zero again."""
+        seconds, self.total_s = self.total_s, 0.0
+        return seconds
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Count peak memory from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory held since the reset: of the allocator on CUDA, of the whole process on the CPU, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def name_of(device: torch.device) -> str:
+    """The device as its maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def use_threads(threads: int | None) -> None:
+    """Let torch use so many threads on the CPU; None means all cores."""
+    torch.set_num_threads(threads or cores())

@@ -1,0 +1,52 @@
+"""What a person sees while a session trains: a bar on a terminal, plain lines in a log."""
+
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from normbench.results import EpochRow
+
+
+class SessionProgress:
+    """One session's progress: `step` at every update, `row` at every row of epochs.csv."""
+
+    def __init__(self, title: str, total_steps: int) -> None:
+        self.title, self.total_steps = title, total_steps
+        self.console = Console(file=sys.stdout, highlight=False)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} steps"),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task(title, total=total_steps, state="")
+
+    def __enter__(self) -> "SessionProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def step(self) -> None:
+        """One update is done; costs nothing but a counter."""
+        self.bar.advance(self.task)
+
+    def row(self, row: EpochRow) -> None:
+        """A row has landed: the bar shows it, a log gets a line."""
+        test = "" if row.test_acc is None else f"  test {row.test_acc:.4f}"
+        val = "" if row.val_acc is None else f"  val {row.val_acc:.4f}"
+        state = f"loss {row.train_loss:.4f}  train {row.train_acc:.4f}{val}{test}"
+        state = f"{state}  {row.images_per_s:,.0f} images/s"
+        if self.console.is_terminal:
+            self.bar.update(self.task, state=state)
+        else:
+            print(f"{self.title}  epoch {row.epoch}  step {row.step}/{self.total_steps}  {state}", flush=True)

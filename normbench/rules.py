@@ -1,0 +1,133 @@
+"""The range of every key: what its value may be, beyond the kind that `conf/` shows."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from normbench.values import (
+    above_zero,
+    below_one,
+    fraction,
+    int_from,
+    number_from,
+    one_of,
+    positive_int,
+)
+
+Rule = Callable[[str, Any], Any]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How often to evaluate: `count` epochs or steps."""
+
+    count: int
+    unit: str
+
+
+def interval(key: str, value: Any, unit: str = "epochs") -> Interval:
+    """`2epochs`, `500steps`, or a bare number of `unit`s."""
+    match = re.fullmatch(r"(\d+) *(epoch|step)?s?", str(value))
+    if not match or int(match[1]) < 1:
+        raise ValueError(
+            f"{key} must be a count ≥ 1 of epochs or steps, like 2epochs or 500steps, got {value!r}"
+        )
+    return Interval(int(match[1]), f"{match[2]}s" if match[2] else unit)
+
+
+from_zero = partial(int_from, low=0)
+nonnegative = partial(number_from, low=0)
+
+
+def optional(rule: Rule) -> Rule:
+    """`rule`, or null."""
+    return lambda key, value: None if value is None else rule(key, value)
+
+
+def either(*allowed: str) -> Rule:
+    """One of these names."""
+    return lambda key, value: one_of(key, value, allowed)
+
+
+def list_of(rule: Rule) -> Rule:
+    """A list whose items all follow `rule`."""
+
+    def check(key: str, value: Any) -> list[Any]:
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"{key} must be a list like [1, 2], got {value!r}")
+        return [rule(f"{key}[{i}]", item) for i, item in enumerate(value)]
+
+    return check
+
+
+def device_name(key: str, value: Any) -> str:
+    """auto, cpu, cuda or cuda:N."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(value)):
+        raise ValueError(f"{key} must be auto, cpu, cuda or cuda:N, got {value!r}")
+    return str(value)
+
+
+def layer_choice(key: str, value: Any) -> Any:
+    """all, none, conv, fc, first, last or a list of layer names."""
+    named = ("all", "none", "conv", "fc", "first", "last")
+    return value if isinstance(value, list) else one_of(key, value, named)
+
+
+RULES: dict[str, Rule] = {
+    "stride": optional(positive_int),
+    "epochs": optional(positive_int),
+    "steps": optional(positive_int),
+    "session": from_zero,
+    "seed": from_zero,
+    "precision": either("fp32", "bf16", "fp16"),
+    "device": device_name,
+    "select": either("last", "best_val"),
+    "eval_every": interval,
+    "fidelity": optional(lambda key, value: value),
+    "threads": optional(positive_int),
+    "batch.size": positive_int,
+    "batch.eval_size": positive_int,
+    "optim.lr": above_zero,
+    "optim.momentum": below_one,
+    "optim.betas": list_of(below_one),
+    "optim.eps": above_zero,
+    "optim.weight_decay": nonnegative,
+    "optim.label_smoothing": below_one,
+    "optim.schedule.milestones": list_of(positive_int),
+    "optim.schedule.gamma": above_zero,
+    "optim.schedule.warmup": fraction,
+    "optim.schedule.start": nonnegative,
+    "optim.schedule.end": nonnegative,
+    "optim.schedule.low_momentum": optional(below_one),
+    "model.width": positive_int,
+    "model.n": positive_int,
+    "model.padding": from_zero,
+    "model.norm_position": either("before", "after"),
+    "model.norm_layers": layer_choice,
+    "model.dropout": below_one,
+    "model.dropout_position": either("before", "after"),
+    "model.shortcut": either("conv", "pad"),
+    "model.stride_on": either("3x3", "1x1"),
+    "model.init": either("torch", "xavier", "he", "glorot"),
+    "model.logit_scale": above_zero,
+    "norm.eps": nonnegative,
+    "norm.momentum": optional(fraction),
+    "norm.stride": positive_int,
+    "norm.affine_impl": either("depthwise", "vector"),
+    "norm.impl": either("reference"),
+    "norm.stored_var": either("unbiased", "biased"),
+    "norm.stats_timing": either("pre", "post"),
+    "norm.r_max": optional(partial(number_from, low=1)),
+    "norm.d_max": optional(nonnegative),
+    "norm.warmup_steps": from_zero,
+    "norm.r_max_step": from_zero,
+    "norm.d_max_step": from_zero,
+    "norm.num_devices": positive_int,
+    "norm.stats_device": from_zero,
+    "norm.num_groups": optional(positive_int),
+    "norm.channels_per_group": positive_int,
+    "study.arms": optional(lambda key, value: value),
+    "study.sessions": optional(lambda key, value: value),
+}

@@ -1,0 +1,179 @@
+"""One session's folder: claimed, filled while it trains, closed by session.json, the row and its evidence."""
+
+import contextlib
+import json
+import platform
+import sys
+import traceback
+from collections import OrderedDict
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from normbench import device as machine
+from normbench.building import norm_layers_of
+from normbench.config import Config
+from normbench.manifest import idle_options, never_moved
+from normbench.plan import Plan, Planned, utc_now, write_json
+from normbench.progress import SessionProgress
+from normbench.results import COLUMNS, EpochTable, Outcome, Row, finite, git_commit
+from normbench.scalars import Scalars
+from normbench.seeds import Seeds
+from normbench.training import Prepared, prepare, settings_of, start, train, warm_up
+from normbench.values import Refused
+
+PREPARED_AT_ONCE = 8
+
+
+def run_slice(plan: Plan, first: int, last: int) -> None:
+    """Run the unfinished sessions among `plan.sessions[first:last]`, one after another.
+
+    A session that fails is written down as a failure and does not stop the others.
+    """
+    prepared: OrderedDict[int, Prepared] = OrderedDict()
+    for planned in plan.sessions[first:last]:
+        if plan.finished(planned):
+            continue
+        started_at = utc_now()
+        try:
+            claim_folder(plan, planned)
+            config = plan.config(planned)
+            ready = prepared.pop(planned.arm, None)
+            if ready is None or ready.config.seed != config.seed:  # the seed also chooses subsets
+                ready = prepare(config)
+            prepared[planned.arm] = ready
+            if len(prepared) > PREPARED_AT_ONCE:
+                prepared.popitem(last=False)
+            run_session(ready, config, plan, planned, started_at)
+        except Exception as error:
+            prepared.pop(planned.arm, None)
+            write_failure(plan, planned, started_at, error)
+            print(f"failed: {plan.session_folder(planned)}: {last_line(error)}", file=sys.stderr)
+
+
+def claim_folder(plan: Plan, planned: Planned) -> None:
+    """Make the session's folder and its config.yaml; Refused where another setting's stands there."""
+    folder, arm = plan.session_folder(planned), plan.arms[planned.arm]
+    path = folder / "config.yaml"
+    if path.is_file():
+        there = yaml.safe_load(path.read_text()).get("config_hash")
+        if there != arm.config_hash:
+            raise Refused(f"{path} is of another setting ({there}, not {arm.config_hash}); move it away")
+    folder.mkdir(parents=True, exist_ok=True)
+    repetition = {"session": planned.session, "seed": planned.seed}
+    body = {"config_hash": arm.config_hash, "choices": dict(arm.choices), **arm.values, **repetition}
+    path.write_text(yaml.safe_dump(body, sort_keys=False, allow_unicode=True))
+
+
+def run_session(ready: Prepared, config: Config, plan: Plan, planned: Planned, started_at: str) -> None:
+    """Train one session in its folder."""
+    folder, arm = plan.session_folder(planned), plan.arms[planned.arm]
+    seeds = Seeds(config.seed, config.session)
+    title = f"{arm.arm} s{planned.session}"
+    with (
+        settings_of(config, ready.device),
+        contextlib.closing(EpochTable(folder / "epochs.csv")) as table,
+        contextlib.closing(Scalars(folder / "tb" if config.tensorboard else None)) as scalars,
+        SessionProgress(title, ready.total_steps) as progress,
+    ):
+        warm_up(ready, seeds)
+        start(ready, seeds)
+        first = {name: p.detach().clone() for name, p in ready.model.named_parameters()}
+        outcome, weights = train(ready, seeds, table, scalars, progress)
+        manifest = make_manifest(ready, first)
+    if config.save_model:
+        torch.save(weights, folder / "model.pt")
+    row = {**started(plan, planned, started_at), **measured(ready, outcome, manifest)}
+    row = {column: row.get(column) for column in COLUMNS}
+    (folder / "failure.json").unlink(missing_ok=True)
+    write_json(folder / "session.json", finite({"row": row, "manifest": manifest, "config": arm.values}))
+    accuracy = f"test_acc {outcome.reported.test_acc:.4f}, {row['epoch_time_s']:.3f} s an epoch"
+    print(f"{title}: {outcome.status}, {accuracy}, row in {folder / 'session.json'}", flush=True)
+
+
+def started(plan: Plan, planned: Planned, started_at: str) -> Row:
+    """The columns that are known before a session trains."""
+    arm = plan.arms[planned.arm]
+    values, norm = arm.values, arm.values["norm"]
+    return {
+        "study": plan.study,
+        "setting": arm.setting,
+        "arm": arm.arm,
+        "session": planned.session,
+        "seed": planned.seed,
+        **arm.choices,
+        "norm_options": json.dumps({k: v for k, v in norm.items() if k != "_partial_"}),
+        "stride": norm.get("stride"),
+        "batch_size": values["batch"]["size"],
+        "epochs": values["epochs"],
+        "steps": values["steps"],
+        "lr": values["optim"]["lr"],
+        "precision": values["precision"],
+        "compile": values["compile"],
+        "pack": 1,
+        "threads": values["threads"] or machine.cores(),
+        "slots": 1,
+        "launch_order": planned.launch_order,
+        "started_at": started_at,
+        "hostname": platform.node(),
+        "torch_version": torch.__version__,
+        "git_commit": git_commit(),
+        "config_hash": arm.config_hash,
+    }
+
+
+def measured(ready: Prepared, outcome: Outcome, manifest: dict[str, Any]) -> Row:
+    """The columns that a finished session adds."""
+    parameters = list(ready.model.parameters())
+    return {
+        **outcome.columns(),
+        "device": str(ready.device),
+        "device_name": machine.name_of(ready.device),
+        "params": sum(p.numel() for p in parameters),
+        "trainable_params": sum(p.numel() for p in parameters if p.requires_grad),
+        "norm_layers": len(norm_layers_of(ready.model)),
+        "warnings": "; ".join(manifest["warnings"]),
+        "finished_at": utc_now(),
+    }
+
+
+def make_manifest(ready: Prepared, first: dict[str, Tensor]) -> dict[str, Any]:
+    """What ran: the norm layers as observed, options without effect, parameters that never still."""
+    seen = ready.observation
+    idle = idle_options(ready.config.norm, seen.layers, among=seen.idle)
+    trained = {id(p) for group in ready.optimizer.param_groups for p in group["params"]}
+    still = never_moved(ready.model, first, trained, seen)
+    warnings = [f"norm.{key}={ready.config.norm[key]} changed nothing" for key in idle]
+    if still.suspicious:
+        warnings.append(f"never moved: {', '.join(still.suspicious)}")
+    return {
+        "norm_layers": [layer.as_dict() for layer in seen.layers.values()],
+        "compiled": ready.config.compile,
+        "kernels": seen.kernels,
+        "idle_options": idle,
+        "never_moved": still.suspicious,
+        "warnings": warnings,
+        "notes": [f"{name} never moved: a bias directly before a norm" for name in still.before_norm],
+    }
+
+
+def write_failure(plan: Plan, planned: Planned, started_at: str, error: Exception) -> None:
+    """failure.json: the row as far as it is known, the traceback, and which attempt this was."""
+    path = plan.session_folder(planned) / "failure.json"
+    attempt = json.loads(path.read_text())["attempt"] + 1 if path.is_file() else 1
+    known = {**started(plan, planned, started_at), "status": "failed", "error": last_line(error),
+             "finished_at": utc_now()}  # fmt: skip
+    row = {column: known.get(column) for column in COLUMNS}
+    write_json(path, {"row": row, "attempt": attempt, "traceback": traceback.format_exc()})
+
+
+def last_line(error: Exception) -> str:
+    """The error on one line."""
+    text = str(error).strip().splitlines()
+    return (
+        text[-1]
+        if isinstance(error, Refused) and text
+        else f"{type(error).__name__}: {text[-1] if text else ''}"
+    )

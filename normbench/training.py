@@ -1,0 +1,326 @@
+"""How a session trains: prepare once per setting, start afresh, train; the clock covers training steps alone.
+
+`train` is the story, `train_step` and `evaluate` are its two verbs.
+"""
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import f1_score
+from torch import Tensor, nn
+
+from normbench import device as machine
+from normbench.building import build, norm_layers_of
+from normbench.config import Config
+from normbench.data.loading import Data, EvalPart, load
+from normbench.data.options import DatasetOptions
+from normbench.manifest import Observation, idle_options, kernels_of, observe
+from normbench.models.init import initialise
+from normbench.optim import Schedule, make_optimizer, state_tensors
+from normbench.plan import utc_now
+from normbench.progress import SessionProgress
+from normbench.results import EpochRow, EpochTable, Outcome
+from normbench.scalars import Scalars
+from normbench.seeds import Seeds
+
+WARMUP_STEPS = 3
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Prepared:
+    """What is dear, and shared by all sessions of a setting in this process."""
+
+    config: Config
+    device: torch.device
+    model: nn.Module
+    step_model: nn.Module  # the model, or its compiled form
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    scaler: torch.amp.GradScaler
+    data: Data
+    total_steps: int
+    first_state: dict[str, Tensor]
+    first_scale: dict[str, Any]
+    observation: Observation
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss (mean, nats) and accuracy over one part; `labels` and `predictions` (n,) on the CPU."""
+
+    loss: float
+    acc: float
+    labels: Tensor
+    predictions: Tensor
+
+
+def prepare(config: Config) -> Prepared:
+    """Build, move and observe what all sessions of a setting share; off every clock."""
+    device = machine.pick(config.device)
+    machine.use_threads(config.threads)
+    batch, optim = config.batch, config.optim
+    data = load(
+        DatasetOptions.from_mapping(config.dataset),
+        data_dir=config.data_dir,
+        device=device,
+        batch_size=batch["size"],
+        eval_batch_size=batch["eval_size"],
+        seed=config.seed,
+        channels_last=config.channels_last,
+    )
+    model = build(config).to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    steps_per_epoch = data.train.steps_per_epoch
+    total_steps = config.steps or (config.epochs or 0) * steps_per_epoch
+    schedule = Schedule(
+        optim["schedule"],
+        lr=optim["lr"],
+        momentum=optim.get("momentum"),
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        samples=data.train.num_samples,
+        batch_size=batch["size"],
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    ready = Prepared(
+        config=config,
+        device=device,
+        model=model,
+        step_model=model,
+        optimizer=make_optimizer(optim, model, norm_layers_of(model).values()),
+        schedule=schedule,
+        scaler=scaler,
+        data=data,
+        total_steps=total_steps,
+        first_state={name: tensor.detach().clone() for name, tensor in state_of(model)},
+        first_scale=scaler.state_dict(),
+        observation=Observation({}),
+    )
+    with settings_of(config, device):
+        look(ready)
+    return ready
+
+
+def look(ready: Prepared) -> None:
+    """Observe the norm layers in one training and one evaluation step, then compile if asked.
+
+    Leaves the model in a used state: every session writes its own start first.
+    """
+    seeds = Seeds(ready.config.seed, 0)
+    start(ready, seeds)
+    x, y = next(iter(ready.data.train.batches(seeds, epoch=1)))
+
+    def eval_step() -> None:
+        with torch.no_grad(), autocast(ready):
+            ready.model(x)
+
+    layers = norm_layers_of(ready.model)
+    ready.observation = observe(ready.model, layers, lambda: train_step(ready, x, y), eval_step)
+    start(ready, seeds)
+    ready.observation.idle = idle_options(ready.config.norm, ready.observation.layers)
+    if ready.config.compile:
+        ready.step_model = cast(nn.Module, torch.compile(ready.model))
+        train_step(ready, x, y)
+        ready.observation.kernels = kernels_of(lambda: train_step(ready, x, y), ready.device)
+
+
+@contextlib.contextmanager
+def settings_of(config: Config, device: torch.device) -> Iterator[None]:
+    """The process-wide switches of a session, put back afterwards: threads, determinism, random state."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+    machine.use_threads(config.threads)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.use_deterministic_algorithms(config.deterministic)
+        torch.backends.cudnn.deterministic = config.deterministic
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0])
+            torch.backends.cudnn.deterministic = before[1]
+
+
+def state_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer of a model, by name."""
+    yield from itertools.chain(model.named_parameters(), model.named_buffers())
+
+
+@torch.no_grad()
+def start(ready: Prepared, seeds: Seeds) -> None:
+    """Write a session's whole start state in place: parameters, buffers, optimizer, scaler."""
+    for name, tensor in state_of(ready.model):
+        if name in ready.first_state:  # a layer that makes parameters in its forward makes them again
+            tensor.copy_(ready.first_state[name])
+    initialise(ready.model, seeds)
+    ready.optimizer.zero_grad()
+    for tensor in state_tensors(ready.optimizer):
+        tensor.zero_()
+    ready.scaler.load_state_dict(ready.first_scale)
+    ready.model.train()
+
+
+def warm_up(ready: Prepared, seeds: Seeds) -> None:
+    """A few throw-away steps, so that the first epoch is timed like the others."""
+    start(ready, seeds)
+    batches = ready.data.train.batches(seeds, epoch=1)
+    for step, (x, y) in enumerate(itertools.islice(batches, WARMUP_STEPS)):
+        ready.schedule.apply(ready.optimizer, step)
+        train_step(ready, x, y)
+
+
+def train(
+    ready: Prepared, seeds: Seeds, table: EpochTable, scalars: Scalars, progress: SessionProgress
+) -> tuple[Outcome, dict[str, Tensor]]:
+    """Train a started model to its last step or to divergence; the outcome and the reported weights."""
+    config, data, clock = ready.config, ready.data, machine.Stopwatch(ready.device)
+    machine.reset_peak_memory(ready.device)
+    every, steps_per_epoch = config.eval_every, data.train.steps_per_epoch
+    row_steps = every.count if every.unit == "steps" else steps_per_epoch
+    eval_steps = every.count * (1 if every.unit == "steps" else steps_per_epoch)
+    totals = Totals(ready.device)
+    rows: list[EpochRow] = []
+    reported: tuple[EpochRow, Evaluation] | None = None
+    weights: dict[str, Tensor] = {}
+    began = time.perf_counter()
+
+    clock.start()
+    for step, (epoch, x, y) in enumerate(endless(data, seeds), start=1):
+        torch.manual_seed(seeds.number("forward", epoch, step))  # dropout and sampling norms draw from this
+        lr = ready.schedule.apply(ready.optimizer, step - 1)
+        totals.add(*train_step(ready, x, y), y)
+        progress.step()
+        if step % row_steps and step < ready.total_steps:
+            continue
+
+        clock.stop()
+        images, loss, acc = totals.lap()
+        diverged = not math.isfinite(loss)
+        last = step == ready.total_steps or diverged
+        due = last or step % eval_steps == 0
+        eval_clock = machine.Stopwatch(ready.device)
+        eval_clock.start()
+        val = evaluate(ready, data.val) if due and data.val else None
+        test = evaluate(ready, data.test) if due else None
+        eval_clock.stop()
+        train_time_s = clock.lap()
+        row = EpochRow(
+            epoch=epoch,
+            step=step,
+            train_loss=loss,
+            train_acc=acc,
+            val_loss=val.loss if val else None,
+            val_acc=val.acc if val else None,
+            test_loss=test.loss if test else None,
+            test_acc=test.acc if test else None,
+            lr=lr,
+            epoch_time_s=train_time_s,
+            eval_time_s=eval_clock.lap() if due else None,
+            images_per_s=images / train_time_s,
+            peak_memory_mib=machine.peak_memory_mib(ready.device),
+            finished_at=utc_now(),
+        )
+        rows.append(row)
+        for seen_by in (table.append, scalars.write, progress.row):
+            seen_by(row)
+        if test and (reported is None or reports(config.select, row, reported[0])):
+            reported = row, test
+            if config.save_model:
+                weights = {name: tensor.clone() for name, tensor in ready.model.state_dict().items()}
+        if last:
+            break
+        clock.start()
+
+    if reported is None:
+        raise RuntimeError("a run ended without an evaluation")
+    row, test = reported
+    outcome = Outcome(
+        status="diverged" if diverged else "ok",
+        rows=rows,
+        reported=row,
+        test_macro_f1=float(f1_score(test.labels, test.predictions, average="macro", zero_division=0.0)),
+        steps_per_epoch=steps_per_epoch,
+        samples_per_epoch=data.train.num_samples,
+        total_time_s=time.perf_counter() - began,
+    )
+    return outcome, weights
+
+
+def endless(data: Data, seeds: Seeds) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Epoch after epoch of training batches; epochs count from 1."""
+    for epoch in itertools.count(1):
+        for x, y in data.train.batches(seeds, epoch):
+            yield epoch, x, y
+
+
+def reports(select: str, row: EpochRow, reported: EpochRow) -> bool:
+    """Whether this evaluation takes the place of the reported one; the test set has no say."""
+    if select == "last":
+        return True
+    return row.val_acc is not None and reported.val_acc is not None and row.val_acc > reported.val_acc
+
+
+def autocast(ready: Prepared) -> torch.autocast:
+    """Mixed precision as configured; fp32 switches it off."""
+    dtype = AUTOCAST.get(ready.config.precision)
+    return torch.autocast(ready.device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def train_step(ready: Prepared, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """One update; returns its loss () and logits (N, classes), still on the device."""
+    with autocast(ready):
+        logits = ready.step_model(x)
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=ready.config.optim["label_smoothing"])
+    ready.optimizer.zero_grad()
+    ready.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    ready.scaler.step(ready.optimizer)
+    ready.scaler.update()
+    return loss.detach(), logits.detach()
+
+
+@torch.no_grad()
+def evaluate(ready: Prepared, part: EvalPart) -> Evaluation:
+    """Loss and accuracy over a whole part in evaluation mode."""
+    ready.step_model.eval()
+    loss = torch.zeros((), dtype=torch.float64, device=ready.device)
+    labels, predictions = [], []
+    for x, y in part.batches():
+        with autocast(ready):
+            logits = ready.step_model(x)
+        loss += F.cross_entropy(logits.float(), y, reduction="sum")
+        labels.append(y)
+        predictions.append(logits.argmax(1))
+    ready.step_model.train()
+    truth, guess = torch.cat(labels), torch.cat(predictions)
+    acc = (truth == guess).double().mean()
+    return Evaluation(loss.item() / len(truth), acc.item(), truth.cpu(), guess.cpu())
+
+
+class Totals:
+    """Loss and correct answers added up on the device; `lap` is the only host synchronization."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.correct = torch.zeros((), dtype=torch.long, device=device)
+        self.images = 0
+
+    def add(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
+        """Add one batch: its mean loss (), logits (N, classes) and labels (N,)."""
+        self.loss += loss.double() * len(y)
+        self.correct += (logits.argmax(1) == y).sum()
+        self.images += len(y)
+
+    def lap(self) -> tuple[int, float, float]:
+        """Images, mean loss and accuracy since the last lap; counts from zero again."""
+        images, loss, acc = self.images, self.loss.item() / self.images, self.correct.item() / self.images
+        self.images = 0
+        self.loss.zero_()
+        self.correct.zero_()
+        return images, loss, acc

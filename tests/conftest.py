@@ -1,0 +1,85 @@
+"""Shared by the tests: run a door in this process, plan without running."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from normbench import cli, sweep
+from normbench.config import conf_dir
+from normbench.plan import Plan
+
+STUDIES = sorted(path.stem for path in (conf_dir() / "study").glob("*.yaml"))
+Planner = Callable[..., Plan]
+Trainer = Callable[..., Plan]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test writes below its own folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def words(arguments: Sequence[str]) -> list[str]:
+    return [word for argument in arguments for word in argument.split()]
+
+
+@pytest.fixture
+def plan_of(monkeypatch: pytest.MonkeyPatch) -> Planner:
+    """The plan that a `train` command makes, without running it."""
+
+    def make(*arguments: str) -> Plan:
+        plans: list[Plan] = []
+
+        def only_plan(composer: object, launcher: object, master: object, overrides: object) -> None:
+            plans.append(sweep.make_plan(composer, master, overrides))  # type: ignore[arg-type]
+
+        monkeypatch.setattr(sweep, "sweep", only_plan)
+        monkeypatch.setattr(sys, "argv", ["train", *arguments])
+        cli.run("train")
+        monkeypatch.undo()
+        return plans[0]
+
+    return make
+
+
+@pytest.fixture
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The line with which a `train` command is refused; fails where it is not."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["train", *words(arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.run("train")
+        said = capsys.readouterr()
+        assert ended.value.code == 2, said
+        return said.err
+
+    return run
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    """Run a `train` command in this process and return its plan; `fails` is the exit code to expect."""
+
+    def run(*arguments: str, fails: int = 0) -> Plan:
+        plans: list[Plan] = []
+        make_plan = sweep.make_plan
+
+        def remembered(*given: object) -> Plan:
+            plans.append(make_plan(*given))  # type: ignore[arg-type]
+            return plans[-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sweep, "make_plan", remembered)
+            patch.setattr(sys, "argv", ["train", *arguments])
+            if fails:
+                with pytest.raises(SystemExit) as ended:
+                    cli.run("train")
+                assert ended.value.code == fails
+            else:
+                cli.run("train")
+        return plans[-1]
+
+    return run
