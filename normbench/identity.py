@@ -60,6 +60,17 @@ def identify(
     return Setting(name, digest)
 
 
+def short_names(ids: Mapping[str, str]) -> dict[str, str]:
+    """setting → its id without the words that all share; the setting itself where that is not unique."""
+    words = {setting: id.split("-") for setting, id in ids.items()}
+    shared = set.intersection(*map(set, words.values()))
+    short = {setting: "-".join(w for w in ws if w not in shared) for setting, ws in words.items()}
+    if len(ids) == 1:
+        return dict(ids)
+    unique = len(set(short.values())) == len(short) and all(short.values())
+    return short if unique else dict(zip(ids, ids, strict=True))
+
+
 def result_changing(values: Values, choices: Mapping[str, str]) -> Values:
     """The flat values that make a setting what it is."""
     kept: Values = {group: choices[group] for group in ("model", "dataset", "norm")}

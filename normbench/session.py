@@ -15,6 +15,7 @@ from torch import Tensor
 from normbench import device as machine
 from normbench.building import norm_layers_of
 from normbench.config import Config
+from normbench.identity import short_names
 from normbench.manifest import idle_options, never_moved
 from normbench.plan import Plan, Planned, utc_now, write_json
 from normbench.progress import SessionProgress
@@ -71,7 +72,8 @@ def run_session(ready: Prepared, config: Config, plan: Plan, planned: Planned, s
     """Train one session in its folder."""
     folder, arm = plan.session_folder(planned), plan.arms[planned.arm]
     seeds = Seeds(config.seed, config.session)
-    title = f"{arm.arm} s{planned.session}"
+    name = short_names({a.setting: a.arm for a in plan.arms})[arm.setting]
+    title = f"{name} s{planned.session}"
     with (
         settings_of(config, ready.device),
         contextlib.closing(EpochTable(folder / "epochs.csv")) as table,

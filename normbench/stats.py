@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats as scipy_stats
 
+from normbench.identity import short_names
 from normbench.plan import Plan
 from normbench.results import rebuild, session_folders
 from normbench.values import nearest
@@ -75,18 +76,6 @@ def read(study: Path, everything: bool) -> tuple[pd.DataFrame, int]:
     return rows[[key in planned for key in keys]], len(planned)
 
 
-def labels(rows: pd.DataFrame) -> dict[str, str]:
-    """setting → what a reader calls it: its arm without the words that all arms share, if still unique."""
-    arms = rows.groupby("setting")["arm"].first()
-    words = {str(setting): arm.split("-") for setting, arm in arms.items()}
-    shared = set.intersection(*(set(w) for w in words.values())) if len(words) > 1 else set()
-    short = {
-        setting: "-".join(w for w in ws if w not in shared) or arms[setting] for setting, ws in words.items()
-    }
-    unique = len(set(short.values())) == len(short)
-    return {str(k): v if unique else str(k) for k, v in short.items()}
-
-
 def choose_baseline(names: Sequence[str], wanted: str | None) -> str:
     """The arm asked for, else obn where there is one, else the first."""
     if wanted is None:
@@ -129,7 +118,9 @@ def main() -> None:
     counts = rows["status"].value_counts()
     print(f"{arguments.study}: {len(rows)} of {planned} sessions: "
           + ", ".join(f"{n} {status}" for status, n in counts.items()))  # fmt: skip
-    named = rows.assign(label=rows["setting"].map(labels(rows)))
+    named = rows.assign(
+        label=rows["setting"].map(short_names(dict(zip(rows["setting"], rows["arm"], strict=True))))
+    )
     names = list(named.sort_values("launch_order")["label"].unique())
     baseline = choose_baseline(sorted(names), arguments.baseline)
     names = [baseline, *sorted(n for n in names if n != baseline)]

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
 from normbench import stats
+from normbench.identity import short_names
 from normbench.results import COLUMNS
 
 
@@ -28,12 +28,10 @@ def test_small_and_constant_samples_have_no_interval() -> None:
 
 
 def test_labels_drop_the_words_that_all_arms_share() -> None:
-    rows = pd.DataFrame(
-        {"setting": ["s1", "s2"], "arm": ["obn-resnet9-digits", "mbn-stride4-resnet9-digits"]}
-    )
-    assert stats.labels(rows) == {"s1": "obn", "s2": "mbn-stride4"}
-    twins = pd.DataFrame({"setting": ["s1", "s2"], "arm": ["obn-resnet9", "obn-resnet9"]})
-    assert stats.labels(twins) == {"s1": "s1", "s2": "s2"}
+    arms = {"s1": "obn-resnet9-digits", "s2": "mbn-stride4-resnet9-digits"}
+    assert short_names(arms) == {"s1": "obn", "s2": "mbn-stride4"}
+    assert short_names({"s1": "obn-resnet9", "s2": "obn-resnet9"}) == {"s1": "s1", "s2": "s2"}
+    assert short_names({"s1": "obn-resnet9"}) == {"s1": "obn-resnet9"}
 
 
 def session(study: Path, arm: str, number: int, acc: float) -> None:
