@@ -1,0 +1,64 @@
+"""The `normbench` command: doors, completion, one-line errors."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def normbench(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "normbench", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_help_lists_the_doors() -> None:
+    said = normbench().stdout
+    assert all(f"\n  {door} " in said for door in ("train", "stats", "results"))
+
+
+def test_a_wrong_door_is_one_line() -> None:
+    done = normbench("trian")
+    assert done.returncode == 2 and done.stdout == ""
+    assert (
+        done.stderr == "normbench: no door 'trian'; did you mean 'train'?; there are train, stats, results\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("normbench ", ["train", "stats", "results"]),
+        ("normbench tr", ["train"]),
+        ("normbench train norm=m", ["norm=mbn"]),
+        ("normbench train norm=mbn norm.str", ["norm.stride="]),
+        ("normbench train dataset=ci", ["dataset=cifar10", "dataset=cifar100"]),
+        ("normbench stats out", []),
+    ],
+)
+def test_tab_completion_knows_doors_groups_and_keys(line: str, offered: list[str]) -> None:
+    done = normbench("-sc", "query=bash", COMP_LINE=line)
+    assert done.stdout.split() == offered, done.stderr
+
+
+def test_completion_installs_for_the_normbench_command() -> None:
+    assert normbench("-sc", "install=bash").stdout.strip().endswith("-F hydra_bash_completion normbench")
+
+
+def test_a_door_opened_by_the_command_names_itself(tmp_path: Path) -> None:
+    done = normbench("train", "epoch=3")
+    assert done.returncode == 2
+    assert done.stderr == "normbench train: unknown key 'epoch'; did you mean 'epochs'?\n"
+
+
+def test_full_errors_on_request() -> None:
+    done = normbench("train", "epoch=3", HYDRA_FULL_ERROR="1")
+    assert done.returncode != 0 and "Traceback" in done.stderr
+
+
+def test_results_door_counts_and_refuses(tmp_path: Path) -> None:
+    done = normbench("results", "nowhere")
+    assert (
+        done.returncode == 2 and done.stderr.count("\n") == 1 and "no sessions under nowhere" in done.stderr
+    )
