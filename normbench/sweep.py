@@ -2,7 +2,7 @@
 
 import itertools
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +29,41 @@ def sweep(composer: Composer, launcher: Launcher, master: DictConfig, arguments:
     plan = make_plan(composer, master, arguments)
     todo = [s for s in plan.sessions if not plan.finished(s)]
     if todo:
-        from normbench.building import check_builds
-
-        for arm in sorted({s.arm for s in todo}):
-            check_builds(plan.config(Planned(arm, 0, 0, 0)))
+        check_arms(plan, {s.arm: s for s in todo}.values(), here=runs_here(launcher))
     done = len(plan.sessions) - len(todo)
     print(f"{plan.study}: {count(len(plan.arms), 'arm')}, {count(len(plan.sessions), 'session')}, "
           f"{done} done, {len(todo)} to run", flush=True)  # fmt: skip
     if todo:
-        path = plan.write()
-        slices = [[f"plan.file='{path.resolve()}'", "plan.first=0", f"plan.last={len(plan.sessions)}"]]
-        returned = launcher.launch(slices, initial_job_idx=0)
+        path = str(plan.write().resolve()).replace("'", "\\'")
+        slices = [[f"plan.file='{path}'", "plan.first=0", f"plan.last={len(plan.sessions)}"]]
+        try:
+            returned = launcher.launch(slices, initial_job_idx=0)
+        except KeyboardInterrupt:
+            gather(plan)
+            raise
         for job_return in returned:
             if job_return.status is JobStatus.FAILED:
                 job_return.return_value  # noqa: B018  (raises what ended the job: sessions catch their own)
-    finish(plan)
+    gather(plan)
+    report_failures(plan)
+
+
+def runs_here(launcher: Launcher) -> bool:
+    """Whether jobs run in this process; by name, since Hydra loads its plugins as modules of their own."""
+    return type(launcher).__name__ == "BasicLauncher"
+
+
+def check_arms(plan: Plan, examples: Iterable[Planned], here: bool) -> None:
+    """Build every arm's model and, where sessions run in this process, open its data, before any starts."""
+    from normbench.building import check_builds
+
+    for planned in examples:
+        check_builds(plan.config(planned))
+    if here:
+        from normbench.training import load_data
+
+        for planned in examples:
+            load_data(plan.config(planned))
 
 
 def count(number: int, thing: str) -> str:
@@ -51,12 +71,17 @@ def count(number: int, thing: str) -> str:
     return f"{number} {thing}" + ("s" if number != 1 else "")
 
 
-def finish(plan: Plan) -> None:
-    """Gather the rows; SweepFailed names the sessions that did not end."""
-    from normbench.results import failure_line, rebuild
+def gather(plan: Plan) -> None:
+    """Rebuild results.csv and say where it is."""
+    from normbench.results import rebuild
 
-    table = rebuild(plan.folder)
-    print(f"results: {table}")
+    print(f"results: {rebuild(plan.folder)}", flush=True)
+
+
+def report_failures(plan: Plan) -> None:
+    """SweepFailed names the sessions that did not end."""
+    from normbench.results import failure_line
+
     failed = [folder for s in plan.sessions if not plan.finished(s) and (folder := plan.session_folder(s))]
     if failed:
         lines = "\n".join(f"  {failure_line(folder)}" for folder in failed)

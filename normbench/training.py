@@ -66,16 +66,8 @@ def prepare(config: Config) -> Prepared:
     """Build, move and observe what all sessions of a setting share; off every clock."""
     device = machine.pick(config.device)
     machine.use_threads(config.threads)
-    batch, optim = config.batch, config.optim
-    data = load(
-        DatasetOptions.from_mapping(config.dataset),
-        data_dir=config.data_dir,
-        device=device,
-        batch_size=batch["size"],
-        eval_batch_size=batch["eval_size"],
-        seed=config.seed,
-        channels_last=config.channels_last,
-    )
+    optim = config.optim
+    data = load_data(config)
     model = build(config).to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -88,7 +80,7 @@ def prepare(config: Config) -> Prepared:
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         samples=data.train.num_samples,
-        batch_size=batch["size"],
+        batch_size=config.batch["size"],
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     ready = Prepared(
@@ -108,6 +100,19 @@ def prepare(config: Config) -> Prepared:
     with settings_of(config, device):
         look(ready)
     return ready
+
+
+def load_data(config: Config) -> Data:
+    """The data set on the device; what was read before in this process is shared."""
+    return load(
+        DatasetOptions.from_mapping(config.dataset),
+        data_dir=config.data_dir,
+        device=machine.pick(config.device),
+        batch_size=config.batch["size"],
+        eval_batch_size=config.batch["eval_size"],
+        seed=config.seed,
+        channels_last=config.channels_last,
+    )
 
 
 def look(ready: Prepared) -> None:

@@ -344,10 +344,15 @@ def test_what_needs_the_model_is_refused_before_data_is_opened(
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_data_is_a_row_that_says_where_it_looked(train: Trainer, tmp_path: Path) -> None:
-    plan = train("dataset=cifar10", "data_dir=nothing", "steps=1", fails=1)
-    error = pd.read_csv(plan.folder / "results.csv")["error"].item()
-    assert "cifar-10-batches-py" in error and "dataset.download=true" in error
+def test_missing_data_is_refused_once_saying_where_it_looked(refusal: Any, tmp_path: Path) -> None:
+    said = refusal("dataset=cifar10 data_dir=nothing steps=1 session=range(30) norm=obn,bn")
+    assert said.count("\n") == 1
+    assert "nothing/cifar-10-batches-py; set data_dir" in said and "dataset.download=true" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_device_that_is_not_there_is_refused(refusal: Any) -> None:
+    assert "device=cuda:99: this machine has" in refusal("device=cuda:99")
 
 
 REAL = ["threads=1", "tensorboard=false"]
