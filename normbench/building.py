@@ -1,5 +1,7 @@
 """From a config to a model: built without touching the random state, tried out before data is opened."""
 
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from normbench.config import Config
 from normbench.data.options import DatasetOptions
+from normbench.seeds import Seeds
 from normbench.values import Refused
 
 
@@ -20,7 +23,7 @@ def build(config: Config) -> nn.Module:
     """
     channels, *size = config.dataset["shape"]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         model: nn.Module = make(config.model)(
             in_channels=channels,
             num_classes=config.dataset["num_classes"],
@@ -32,10 +35,13 @@ def build(config: Config) -> nn.Module:
 
 def make(values: dict[str, Any]) -> Any:
     """The callable that a `_target_` and its options name."""
+    target = values.get("_target_")
+    if values.get("_partial_") is not True:
+        raise Refused(f"{target}: a layer's or model's YAML needs _partial_: true")
     try:
         return instantiate(values)
     except InstantiationException as error:
-        raise Refused(f"{values.get('_target_')}: {str(error).splitlines()[0]}") from error
+        raise Refused(f"{target}: {str(error).splitlines()[0]}") from error
 
 
 def check_builds(config: Config) -> None:
@@ -45,10 +51,15 @@ def check_builds(config: Config) -> None:
         Refused — an option that only a constructor can judge, or a batch that a norm cannot take.
     """
     options = DatasetOptions.from_mapping(config.dataset)
+    chosen = f"model={config.choices['model']} norm={config.choices['norm']}"
     try:
         model = build(config)
     except (ValueError, TypeError) as error:
-        raise Refused(f"model={config.choices['model']} norm={config.choices['norm']}: {error}") from error
+        raise Refused(f"{chosen}: {error}") from error
+    except Exception as error:
+        if str(config.norm["_target_"]).startswith("normbench."):
+            raise
+        raise Refused(f"{chosen}: {type(error).__name__}: {error}") from error
     model.to("meta").train()
     size, samples = min(config.batch["size"], options.train_samples), options.train_samples
     last = 0 if options.drop_last else samples % size
@@ -62,6 +73,41 @@ def norm_layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that the model's `norm` callable returned, by name, whatever their class."""
     layers: dict[str, nn.Module] = model.norm_layers  # type: ignore[assignment]
     return layers
+
+
+def remake_strangers(model: nn.Module, seeds: Seeds) -> None:
+    """Give a stranger's norm layers, in place, the state that a new layer of the session would have.
+
+    Ours keep all state in parameters and buffers and draw nothing. Another's class may draw its parameters,
+    or keep running averages in plain attributes, which would go from one session into the next.
+    """
+    makers: dict[str, Callable[[], nn.Module]] = model.norm_makers  # type: ignore[assignment]
+    for name, layer in norm_layers_of(model).items():
+        if type(layer).__module__.startswith("normbench."):
+            continue
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seeds.number("init", name))
+            fresh = dict(makers[name]().named_modules())
+        for path, part in layer.named_modules():
+            if path in fresh:
+                copy_state(part, fresh[path])
+
+
+@torch.no_grad()
+def copy_state(part: nn.Module, fresh: nn.Module) -> None:
+    """One module's own parameters, buffers and plain attributes, without its children's or its hooks."""
+    for kind in ("_parameters", "_buffers"):
+        for name, tensor in getattr(fresh, kind).items():
+            there = getattr(part, kind).get(name)
+            if there is not None and tensor is not None and there.shape == tensor.shape:
+                there.copy_(tensor)
+    for name, value in vars(fresh).items():
+        if name.startswith("_") or isinstance(value, (nn.Module, types.FunctionType)):
+            continue
+        there = vars(part).get(name)
+        if isinstance(value, torch.Tensor) and isinstance(there, torch.Tensor):
+            value = value.to(there.device)
+        vars(part)[name] = value
 
 
 def try_out(model: nn.Module, shape: tuple[int, ...], blame: str) -> None:

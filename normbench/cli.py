@@ -6,6 +6,7 @@ import re
 import sys
 from typing import NoReturn
 
+import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.errors import (
     ConfigCompositionException,
@@ -17,7 +18,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from normbench.config import GROUPS, conf_dir, register_resolvers, unknown_key, unknown_option
+from normbench.doors import line_of, refuse
 from normbench.values import Refused
+
+GROUP_KEYS = {group.replace("/", "."): group for group in GROUPS if "/" in group}
 
 
 def run(door: str) -> None:
@@ -28,30 +32,23 @@ def run(door: str) -> None:
 
     register_resolvers()
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra.main then raises instead of printing and exiting
     check_arguments(door)
-    job = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=door)(sweep.job)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra.main then raises instead of printing and exiting
     try:
-        job()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=door)(sweep.job)()
     except sweep.SweepFailed as failed:
         print(failed, file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    except (Refused, HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, Refused, OSError) as error:
         if traceback_wanted:
             raise
         refuse(door, explain(error))
     finally:
         if not traceback_wanted:
             del os.environ["HYDRA_FULL_ERROR"]
-
-
-def refuse(door: str, line: str) -> NoReturn:
-    """Print the one line and exit with code 2."""
-    print(f"normbench {door}: {line}", file=sys.stderr)
-    sys.exit(2)
 
 
 def check_arguments(door: str) -> None:
@@ -62,12 +59,21 @@ def check_arguments(door: str) -> None:
         refuse(door, f"{message}; see python -m normbench.{door} --help")
 
     parser.error = one_line  # type: ignore[method-assign]
+    sys.argv[1:] = sorted(sys.argv[1:], key=is_override)  # argparse wants the options together
     arguments = parser.parse_args()
     for override in arguments.overrides:
         if "=" not in override and not override.startswith("~"):
             refuse(door, f"{override!r} is no override; write key=value")
-        if override.startswith(("hydra.mode=", "hydra/sweeper=")):
-            refuse(door, f"{override}: sessions are planned by normbench's own sweeper; leave it out")
+        key, _, value = override.lstrip("+~").partition("=")
+        if key in ("hydra.mode", "hydra/sweeper") or key.startswith(("hydra.sweep", "hydra.run")):
+            refuse(door, f"{override}: normbench plans its sessions and their folders itself; leave it out")
+        if key in GROUP_KEYS:
+            refuse(door, f"{override}: choose a group's option with /, like {GROUP_KEYS[key]}={value}")
+
+
+def is_override(argument: str) -> bool:
+    """Whether an argument is a key=value rather than an option or an option's value."""
+    return "=" in argument and not argument.startswith("-")
 
 
 def explain(error: Exception) -> str:
@@ -78,6 +84,10 @@ def explain(error: Exception) -> str:
         return unknown_option(group, path.removeprefix(f"{group}/"), error.options)
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not a valid override ({str(error).splitlines()[0]})"
+    if isinstance(error, yaml.YAMLError):
+        return " ".join(f"not valid YAML: {error}".split())
+    if isinstance(error, (Refused, OSError)) and not isinstance(error, HydraException):
+        return line_of(error)
     message = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, ConfigCompositionException):
         return explain_composition(message, error)

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from normbench.data.options import DatasetOptions
 from normbench.rules import RULES, Interval, interval
-from normbench.values import Refused, closest, nearest
+from normbench.values import Refused, closest, nearest, one_of
 
 Values = dict[str, Any]
 GROUPS = ("model", "dataset", "norm", "batch", "optim", "optim/schedule")
@@ -59,10 +59,8 @@ class Config:
     eval_every: Interval
     threads: int | None
     data_dir: str
-    out: str
     tensorboard: bool
     save_model: bool
-    study: str
 
     @classmethod
     def of(cls, values: Values, choices: Mapping[str, str]) -> "Config":
@@ -70,7 +68,7 @@ class Config:
         known = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
         unit = "steps" if values["steps"] is not None else "epochs"
         known["eval_every"] = interval("eval_every", values["eval_every"], unit)
-        return cls(choices=choices, **{**known, "study": values["study"]["name"]})
+        return cls(choices=choices, **known)
 
 
 class Composer:
@@ -96,6 +94,20 @@ class Composer:
             self.schemas[key] = plain(self.load([f"{group}={option}" for group, option in key]))
         return self.schemas[key]
 
+    def packaged(self, values: Values, choices: Mapping[str, str]) -> dict[str, str]:
+        """The choices with a user's own batch, optim and schedule files replaced by ours of the same name."""
+        packaged, optim = dict(choices), values["optim"]
+        if not self.own("batch", choices["batch"]):
+            packaged["batch"] = self.choices_of()["batch"]
+        for group, node in (("optim", optim), ("optim/schedule", optim.get("schedule", {}))):
+            if not self.own(group, choices[group]):
+                ours = sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
+                try:
+                    packaged[group] = one_of(f"{group.replace('/', '.')}.name", node.get("name"), ours)
+                except ValueError as error:
+                    raise Refused(str(error)) from error
+        return packaged
+
     def usual(self, choices: Mapping[str, str]) -> tuple[Values, dict[str, str]]:
         """What this model, data set and norm usually go with: what a short id need not mention."""
         default = dict(self.choices_of(f"optim={choices['optim']}"))
@@ -119,10 +131,12 @@ class Composer:
         choices = {group: str(cfg.hydra.runtime.choices.get(group)) for group in GROUPS}
         for group, option in choices.items():
             options = self.loader.get_group_options(group)
+            if option == "None":
+                raise Refused(f"{group} is not chosen; add it to the defaults of optim={choices['optim']}")
             if option not in options:
                 raise Refused(unknown_option(group, option, options))
         values = plain(cfg)
-        schema = self.schema(choices)
+        schema = self.schema(self.packaged(values, choices))
         judged_elsewhere = choices["norm"] == "custom" or not self.own("norm", choices["norm"])
         self.check(values, schema, skip="norm." if judged_elsewhere else None)
         check_together(values, choices)
@@ -192,8 +206,8 @@ def check_value(key: str, value: Any, default: Any) -> None:
                           f"{key.rpartition('.')[0].replace('.', '/')}=…")  # fmt: skip
         return
     try:
-        if key.startswith("dataset."):
-            return  # DatasetOptions judges these together
+        if key.startswith(("dataset.", "study.")):
+            return  # DatasetOptions and Study judge theirs
         if key in RULES:
             RULES[key](key, value)
         elif default is not None and kind(value) not in (kind(default), *WIDER.get(kind(default), ())):
@@ -239,6 +253,10 @@ def check_together(values: Values, choices: Mapping[str, str]) -> None:
     if values["steps"] is not None and values["epochs"] is not None:
         raise Refused(f"epochs={values['epochs']} and steps={values['steps']} exclude each other; give one")
     check_dataset(values)
+    schedule = values["optim"]["schedule"]
+    if schedule["name"] == "one_cycle" and not 0 < schedule["warmup"] <= 0.5:
+        got = schedule["warmup"]
+        raise Refused(f"optim.schedule.warmup must be > 0 and ≤ 0.5: one_cycle falls as it rose, got {got}")
     if values["select"] == "best_val" and not values["dataset"]["val_fraction"]:
         raise Refused(
             "select=best_val needs a held-out part of the training set: set dataset.val_fraction=0.1"

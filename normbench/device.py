@@ -1,5 +1,6 @@
 """The machine under a session: which device, how to time it, how much memory it took, what it is called."""
 
+import contextlib
 import os
 import platform
 import resource
@@ -9,6 +10,9 @@ from pathlib import Path
 import torch
 
 from normbench.values import Refused
+
+# deterministic=true needs it, and cuBLAS reads it when its first handle is made
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pick(name: str) -> torch.device:
@@ -55,26 +59,25 @@ class Stopwatch:
         return seconds
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Count peak memory from here on."""
+def reset_peak_memory(device: torch.device) -> int:
+    """Count peak memory from here on; returns the bytes held now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return
+        return torch.cuda.memory_allocated(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory(device)
 
 
-def peak_memory_mib(device: torch.device) -> float:
-    """Most memory held since the reset: of the allocator on CUDA, of the whole process on the CPU, in MiB."""
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held since the reset: by the allocator on CUDA, by the whole process on the CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return torch.cuda.max_memory_allocated(device)
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def name_of(device: torch.device) -> str:

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from normbench.config import Values, flatten
+from normbench.rules import interval
 
 OUTSIDE = {
     *("study", "fidelity", "plan", "session", "seed"),  # what asked for it, and which repetition
+    *("config_hash", "choices"),  # config.yaml's own
     "stride",  # folded into norm.stride
     *("threads", "data_dir", "out", "tensorboard", "save_model", "dataset.download", "dataset.workers"),
 }
-MAX_ID = 80
+MAX_ID = 160  # with the hash and a seed's prefix well below what a file name may have
 
 
 @dataclass(frozen=True)
@@ -37,48 +39,63 @@ class Setting:
 def identify(
     values: Values, choices: Mapping[str, str], usual: Values, usual_choices: Mapping[str, str]
 ) -> Setting:
-    """The setting of checked values; the usual values and choices only shorten the readable id."""
+    """The setting of checked values; the usual values and choices only shorten the readable id.
+
+    An id is the norm, its options, model, dataset, and what else differs from the usual, joined by "-", which
+    no word contains. One that would be too long ends in "~" and part of the hash.
+    """
     kept = result_changing(values, choices)
-    text = json.dumps({k: kept[k] for k in sorted(kept)}, ensure_ascii=False)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+    digest = digest_of(kept)
     expected = result_changing(usual, choices)
-    words = [choices["norm"], choices["model"], choices["dataset"]]
-    words += [
-        choices[group] for group in ("optim", "optim/schedule") if choices[group] != usual_choices[group]
+    differs = [
+        key for key in dict.fromkeys([*kept, *expected]) if value_of(kept, key) != value_of(expected, key)
     ]
-    norm_words = 1
-    for key in dict.fromkeys([*kept, *expected]):
-        value = kept.get(key, False)  # what is left out is false or null
-        if value != expected.get(key, False) and (key, value) != ("epochs", False):
-            place = norm_words if key.startswith("norm.") else len(words)
-            words.insert(place, token(key, value))
-            norm_words += key.startswith("norm.")
-    name = words[0]
-    for word in words[1:]:
-        if len(name) + len(word) < MAX_ID:
-            name = f"{name}-{word}"
-    return Setting(name, digest)
+    words = [
+        choices["norm"],
+        *(word(key, kept) for key in differs if key.startswith("norm.")),
+        choices["model"],
+        choices["dataset"],
+        *(choices[g] for g in ("optim", "optim/schedule") if choices[g] != usual_choices[g]),
+        *(word(key, kept) for key in differs if not key.startswith("norm.")),
+    ]
+    name = "-".join(w for w in words if w)
+    return Setting(name if len(name) <= MAX_ID else f"{name[: MAX_ID - 5]}~{digest[:4]}", digest)
+
+
+def digest_of(kept: Values) -> str:
+    """The hash of result-changing values."""
+    text = json.dumps({k: kept[k] for k in sorted(kept)}, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def value_of(kept: Values, key: str) -> Any:
+    """What is left out is false or null."""
+    return kept.get(key, False)
 
 
 def short_names(ids: Mapping[str, str]) -> dict[str, str]:
-    """setting → its id without the words that all share; the setting itself where that is not unique."""
+    """setting → its id without the words that all share (its norm stays); the setting where not unique."""
     words = {setting: id.split("-") for setting, id in ids.items()}
-    shared = set.intersection(*map(set, words.values()))
-    short = {setting: "-".join(w for w in ws if w not in shared) for setting, ws in words.items()}
-    if len(ids) == 1:
-        return dict(ids)
-    unique = len(set(short.values())) == len(short) and all(short.values())
-    return short if unique else dict(zip(ids, ids, strict=True))
+    shared = set.intersection(*map(set, words.values())) if len(ids) > 1 else set()
+    short = {
+        setting: "-".join([norm, *(w for w in rest if w not in shared)])
+        for setting, (norm, *rest) in words.items()
+    }
+    return short if len(set(short.values())) == len(short) else dict(zip(ids, ids, strict=True))
 
 
 def result_changing(values: Values, choices: Mapping[str, str]) -> Values:
     """The flat values that make a setting what it is."""
     kept: Values = {group: choices[group] for group in ("model", "dataset", "norm")}
+    unit = "epochs" if values["steps"] is None else "steps"
     for key, value in flatten(values):
         leaf = key.rpartition(".")[2]
         named = leaf == "_target_" and not (key == "norm._target_" and choices["norm"] == "custom")
         if named or leaf == "_partial_" or key in OUTSIDE or key.split(".")[0] in OUTSIDE:
             continue
+        if key == "eval_every":
+            every = interval(key, value, unit)
+            value = f"{every.count}{every.unit}"
         value = canonical(key, value)
         if value is not None and value is not False:
             kept[key] = value
@@ -95,13 +112,16 @@ def canonical(key: str, value: Any) -> Any:
 
 
 SHORT = {"batch.size": "bs", "optim.name": "", "optim.schedule.name": "", "optim.weight_decay": "wd",
-         "precision": "", "select": "", "device": ""}  # fmt: skip
+         "optim.momentum": "sgd_momentum", "optim.eps": "adam_eps", "precision": "", "select": "",
+         "device": "", "norm._target_": ""}  # fmt: skip
 
 
-def token(key: str, value: Any) -> str:
-    """`stride4`, `lr0.2`, `no-train_gate`: a difference from the defaults as a word for a file name."""
-    leaf = SHORT.get(key, key.rpartition(".")[2])
+def word(key: str, kept: Values) -> str:
+    """`stride4`, `lr0.2`, `no_train_gate`: a difference from the usual as a word without "-"; "" for none."""
+    leaf, value = SHORT.get(key, key.rpartition(".")[2]), value_of(kept, key)
+    if key == "epochs" and value is False:
+        return ""  # the steps say it
     if isinstance(value, bool):
-        return leaf if value else f"no-{leaf}"
+        return leaf if value else f"no_{leaf}"
     text = "_".join(map(str, value)) if isinstance(value, list) else str(value)
-    return re.sub(r"[^\w.+=~-]", "_", f"{leaf}{text}")
+    return re.sub(r"[^\w.+=~]", "_", f"{leaf}{text}")

@@ -243,7 +243,8 @@ def never_moved(
     still = [
         name
         for name, p in model.named_parameters()
-        if p.requires_grad and (id(p) not in trained or torch.equal(p.detach(), first.get(name, p.detach())))
+        if p.requires_grad
+        and (id(p) not in trained or torch.equal(p.detach().cpu(), first.get(name, p.detach().cpu())))
     ]
     before_norm = {f"{at.fed_by}.bias" for at in observation.layers.values()}
     return Still([n for n in still if n not in before_norm], [n for n in still if n in before_norm])

@@ -11,8 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from normbench.config import Config, Values
-from normbench.identity import Setting
+from normbench.identity import Setting, digest_of, result_changing
+from normbench.values import Refused
 
 
 @dataclass(frozen=True)
@@ -82,27 +85,67 @@ class Plan:
         """Whether the session's own file says that it ended."""
         return (self.session_folder(planned) / "session.json").is_file()
 
-    def write(self) -> Path:
-        """Write `plan-<hash>.json` beside the sessions, unless the same plan is there already."""
-        body = {"study": self.study, "arms": [asdict(a) for a in self.arms],
-                "sessions": [asdict(s) for s in self.sessions]}  # fmt: skip
-        digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:10]
-        path = self.folder / f"plan-{digest}.json"
-        if not path.is_file():
-            write_json(path, {"made_at": utc_now(), **body})
-        return path
+    def config_text(self, planned: Planned) -> str:
+        """A session's config.yaml: every value, the chosen options and the setting's hash."""
+        arm = self.arms[planned.arm]
+        repetition = {"session": planned.session, "seed": planned.seed}
+        body = {"config_hash": arm.config_hash, "choices": dict(arm.choices), **arm.values, **repetition}
+        return yaml.safe_dump(body, sort_keys=False, allow_unicode=True)
+
+    def check_folders(self) -> None:
+        """Refuse a session's folder whose config.yaml is of another setting, finished or not."""
+        for planned in self.sessions:
+            path = self.session_folder(planned) / "config.yaml"
+            if not path.is_file() or (text := path.read_text()) == self.config_text(planned):
+                continue
+            there = hash_of_text(text)
+            if there is None and not self.finished(planned):
+                continue  # cut off while it was written; a new start writes it again
+            if there != self.arms[planned.arm].config_hash:
+                raise Refused(
+                    f"{path} disagrees with its folder's setting; move the folder away to run it again"
+                )
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """What the plan's file holds."""
+        arms, sessions = [asdict(a) for a in self.arms], [asdict(s) for s in self.sessions]
+        return {"study": self.study, "arms": arms, "sessions": sessions}
+
+    @property
+    def path(self) -> Path:
+        """`plan-<hash>.json` beside the sessions."""
+        digest = hashlib.sha256(json.dumps(self.body, sort_keys=True).encode()).hexdigest()[:10]
+        return self.folder / f"plan-{digest}.json"
+
+    def write(self) -> None:
+        """Write the file, or leave it where it is already; its time of change says when it was last meant."""
+        path = self.path
+        if path.is_file():
+            os.utime(path)
+        else:
+            write_json(path, {"made_at": utc_now(), **self.body})
 
     @classmethod
     def read(cls, path: Path) -> "Plan":
         """The plan of one file."""
-        body = json.loads(path.read_text())
+        body = read_json(path)
         return cls(body["study"], [Arm(**a) for a in body["arms"]], [Planned(**s) for s in body["sessions"]])
 
     @classmethod
     def newest(cls, folder: Path) -> "Plan | None":
-        """The plan in `folder` that was made last, if there is one."""
-        plans = [(json.loads(p.read_text())["made_at"], p) for p in folder.glob("plan-*.json")]
-        return cls.read(max(plans)[1]) if plans else None
+        """The plan in `folder` that a command meant last, if there is one."""
+        plans = sorted(folder.glob("plan-*.json"), key=lambda path: path.stat().st_mtime_ns)
+        return cls.read(plans[-1]) if plans else None
+
+
+def hash_of_text(text: str) -> str | None:
+    """The setting's hash by the values in a config.yaml; None where it cannot be read."""
+    try:
+        values = yaml.safe_load(text)
+        return digest_of(result_changing(values, values["choices"]))
+    except (yaml.YAMLError, TypeError, KeyError, ValueError):
+        return None
 
 
 def utc_now() -> str:
@@ -110,12 +153,25 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def read_json(path: Path) -> Any:
+    """A file's content; Refused where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise Refused(f"{path} is damaged ({error}); remove it to make it again") from error
+
+
 def write_json(path: Path, body: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_whole(path, json.dumps(body, indent=1, ensure_ascii=False))
+
+
+def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all: beside it first, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     with os.fdopen(handle, "w") as file:
-        json.dump(body, file, indent=1, ensure_ascii=False)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.chmod(temporary, 0o644)

@@ -1,6 +1,7 @@
 """What a person sees while a session trains: a bar on a terminal, plain lines in a log."""
 
 import sys
+import time
 from types import TracebackType
 
 from rich.console import Console
@@ -25,6 +26,8 @@ class SessionProgress:
             transient=True,
             disable=not self.console.is_terminal,
         )
+        self.losses = ""
+        self.images, self.shown_at = 0, time.perf_counter()
         self.task = self.bar.add_task(title, total=total_steps, state="")
 
     def __enter__(self) -> "SessionProgress":
@@ -36,17 +39,23 @@ class SessionProgress:
     ) -> None:
         self.bar.stop()
 
-    def step(self) -> None:
-        """One update is done; costs nothing but a counter."""
+    def step(self, images: int) -> None:
+        """One update is done, on so many images; costs a counter, and the bar's text twice a second."""
+        if self.bar.disable:
+            return
+        self.images += images
         self.bar.advance(self.task)
+        now = time.perf_counter()
+        if now - self.shown_at > 0.5:
+            rate = self.images / (now - self.shown_at)
+            self.bar.update(self.task, state=f"{self.losses}  {rate:,.0f} images/s")
+            self.images, self.shown_at = 0, now
 
     def row(self, row: EpochRow) -> None:
         """A row has landed: the bar shows it, a log gets a line."""
         test = "" if row.test_acc is None else f"  test {row.test_acc:.4f}"
         val = "" if row.val_acc is None else f"  val {row.val_acc:.4f}"
-        state = f"loss {row.train_loss:.4f}  train {row.train_acc:.4f}{val}{test}"
-        state = f"{state}  {row.images_per_s:,.0f} images/s"
-        if self.console.is_terminal:
-            self.bar.update(self.task, state=state)
-        else:
-            print(f"{self.title}  epoch {row.epoch}  step {row.step}/{self.total_steps}  {state}", flush=True)
+        self.losses = f"loss {row.train_loss:.4f}  train {row.train_acc:.4f}{val}{test}"
+        if not self.console.is_terminal:
+            at = f"{self.title}  epoch {row.epoch}  step {row.step}/{self.total_steps}"
+            print(f"{at}  {self.losses}  {row.images_per_s:,.0f} images/s", flush=True)

@@ -7,18 +7,18 @@
 
 import argparse
 import csv
-import json
 import math
 import statistics
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from normbench.plan import Plan
+from normbench.doors import one_line_errors
+from normbench.plan import Plan, read_json
+from normbench.values import Refused
 
 COLUMNS = """
     study setting arm session seed status model dataset norm norm_options stride batch_size epochs steps
@@ -77,11 +77,10 @@ class Outcome:
     reported: EpochRow
     test_macro_f1: float
     steps_per_epoch: int
-    samples_per_epoch: int
     total_time_s: float
 
     def epoch_times(self) -> list[float]:
-        """Seconds per epoch, one per row as long as the first; rows that are no epochs are scaled to one."""
+        """Seconds per epoch, one per row as long as the first; a row that is no epoch is scaled to one."""
         steps = [b.step - a for a, b in zip([0, *(r.step for r in self.rows)], self.rows, strict=False)]
         whole = [(row, n) for row, n in zip(self.rows, steps, strict=True) if n == steps[0]]
         return [row.epoch_time_s * self.steps_per_epoch / n for row, n in whole]
@@ -106,7 +105,7 @@ class Outcome:
             "epochs_timed": len(times),
             "eval_time_s": statistics.median(evaluations),
             "total_time_s": self.total_time_s,
-            "images_per_s": self.samples_per_epoch / median,
+            "images_per_s": statistics.median(r.images_per_s for r in self.rows),
             "peak_memory_mib": max(r.peak_memory_mib for r in self.rows),
         }
 
@@ -140,7 +139,7 @@ def read_row(folder: Path) -> Row | None:
     """A session's row: from session.json, else from failure.json, else None where it never started."""
     for name in ("session.json", "failure.json"):
         if (folder / name).is_file():
-            row = json.loads((folder / name).read_text())["row"]
+            row = read_json(folder / name)["row"]
             return {column: row.get(column) for column in COLUMNS}
     return None
 
@@ -177,14 +176,11 @@ def main() -> None:
     parser.add_argument("study", type=Path, nargs="?", default=Path("outputs/adhoc"),
                         help="a study's folder (default: outputs/adhoc)")  # fmt: skip
     study = parser.parse_args().study
-    if not any(session_folders(study)):
-        print(
-            f"normbench results: no sessions under {study}; give a study's folder like outputs/adhoc",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    table = rebuild(study)
-    plan = Plan.newest(study)
+    with one_line_errors("results"):
+        if not any(session_folders(study)):
+            raise Refused(f"no sessions under {study}; give a study's folder like outputs/adhoc")
+        table = rebuild(study)
+        plan = Plan.newest(study)
     with table.open() as file:
         found = sum(1 for _ in file) - 1
     print(f"{table}: {found} rows" + (f", {len(plan.sessions)} sessions in the newest plan" if plan else ""))

@@ -97,7 +97,7 @@ RULES: dict[str, Rule] = {
     "optim.label_smoothing": below_one,
     "optim.schedule.milestones": list_of(positive_int),
     "optim.schedule.gamma": above_zero,
-    "optim.schedule.warmup": fraction,
+    "optim.schedule.warmup": fraction,  # one_cycle: below half, see check_together
     "optim.schedule.start": nonnegative,
     "optim.schedule.end": nonnegative,
     "optim.schedule.low_momentum": optional(below_one),
@@ -128,6 +128,4 @@ RULES: dict[str, Rule] = {
     "norm.stats_device": from_zero,
     "norm.num_groups": optional(positive_int),
     "norm.channels_per_group": positive_int,
-    "study.arms": optional(lambda key, value: value),
-    "study.sessions": optional(lambda key, value: value),
 }

@@ -15,7 +15,8 @@ class Seeds:
     """The random numbers of one session: `seed` names the experiment, `session` its repetition.
 
     Keys in use: ("init", module name), ("order", epoch), ("augment", epoch, step) for resident batches and
-    ("augment", epoch, sample) for streamed images, ("forward", epoch, step) for dropout and sampling norms.
+    ("augment", epoch, sample) for streamed images, ("forward", epoch, step) for dropout and sampling norms,
+    ("split", data set) and ("subset", data set, part) of the seed alone.
     """
 
     seed: int

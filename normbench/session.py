@@ -9,7 +9,6 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from normbench import device as machine
@@ -17,7 +16,7 @@ from normbench.building import norm_layers_of
 from normbench.config import Config
 from normbench.identity import short_names
 from normbench.manifest import idle_options, never_moved
-from normbench.plan import Plan, Planned, utc_now, write_json
+from normbench.plan import Plan, Planned, utc_now, write_json, write_whole
 from normbench.progress import SessionProgress
 from normbench.results import COLUMNS, EpochTable, Outcome, Row, finite, git_commit
 from normbench.scalars import Scalars
@@ -39,7 +38,7 @@ def run_slice(plan: Plan, first: int, last: int) -> None:
             continue
         started_at = utc_now()
         try:
-            claim_folder(plan, planned)
+            write_whole(plan.session_folder(planned) / "config.yaml", plan.config_text(planned))
             config = plan.config(planned)
             ready = prepared.pop(planned.arm, None)
             if ready is None or ready.config.seed != config.seed:  # the seed also chooses subsets
@@ -52,20 +51,6 @@ def run_slice(plan: Plan, first: int, last: int) -> None:
             prepared.pop(planned.arm, None)
             write_failure(plan, planned, started_at, error)
             print(f"failed: {plan.session_folder(planned)}: {last_line(error)}", file=sys.stderr)
-
-
-def claim_folder(plan: Plan, planned: Planned) -> None:
-    """Make the session's folder and its config.yaml; Refused where another setting's stands there."""
-    folder, arm = plan.session_folder(planned), plan.arms[planned.arm]
-    path = folder / "config.yaml"
-    if path.is_file():
-        there = yaml.safe_load(path.read_text()).get("config_hash")
-        if there != arm.config_hash:
-            raise Refused(f"{path} is of another setting ({there}, not {arm.config_hash}); move it away")
-    folder.mkdir(parents=True, exist_ok=True)
-    repetition = {"session": planned.session, "seed": planned.seed}
-    body = {"config_hash": arm.config_hash, "choices": dict(arm.choices), **arm.values, **repetition}
-    path.write_text(yaml.safe_dump(body, sort_keys=False, allow_unicode=True))
 
 
 def run_session(ready: Prepared, config: Config, plan: Plan, planned: Planned, started_at: str) -> None:
@@ -82,8 +67,9 @@ def run_session(ready: Prepared, config: Config, plan: Plan, planned: Planned, s
     ):
         warm_up(ready, seeds)
         start(ready, seeds)
-        first = {name: p.detach().clone() for name, p in ready.model.named_parameters()}
+        first = {name: p.detach().cpu().clone() for name, p in ready.model.named_parameters()}
         outcome, weights = train(ready, seeds, table, scalars, progress)
+        ready.optimizer.zero_grad()  # between its sessions a setting holds no gradients
         manifest = make_manifest(ready, first)
     if config.save_model:
         torch.save(weights, folder / "model.pt")

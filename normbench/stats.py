@@ -7,21 +7,20 @@ interval. Sessions found against sessions planned are always said; failed and di
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 from scipy import stats as scipy_stats
 
+from normbench.doors import one_line_errors
 from normbench.identity import short_names
 from normbench.plan import Plan
 from normbench.results import rebuild, session_folders
-from normbench.values import nearest
+from normbench.values import Refused, nearest
 
 METRICS = ("test_acc", "epoch_time_s")
 
@@ -57,16 +56,10 @@ def compare(metric: str, arm: str, values: Sequence[float], baseline: Sequence[f
     return Comparison(metric, arm, len(sample), float(sample.mean()), sd, diff, low, high)
 
 
-def refuse(line: str) -> NoReturn:
-    """Print the one line and exit with code 2."""
-    print(f"normbench stats: {line}", file=sys.stderr)
-    sys.exit(2)
-
-
 def read(study: Path, everything: bool) -> tuple[pd.DataFrame, int]:
     """The study's rows and how many sessions were planned: of the newest plan, or of all."""
     if not any(session_folders(study)):
-        refuse(f"no sessions under {study}; give a study's folder like outputs/adhoc")
+        raise Refused(f"no sessions under {study}; give a study's folder like outputs/adhoc")
     rows = pd.read_csv(rebuild(study))
     plan = None if everything else Plan.newest(study)
     if plan is None:
@@ -82,8 +75,9 @@ def choose_baseline(names: Sequence[str], wanted: str | None) -> str:
         return next((n for n in names if n.split("-")[0] in ("obn", "torch_bn", "bn")), names[0])
     found = [n for n in names if n == wanted] or [n for n in names if n.split("-")[0] == wanted]
     if len(found) != 1:
-        refuse(f"baseline {wanted!r}: {'several arms match' if found else 'no such arm'}"
-               f"{nearest(wanted, names)}; there are {', '.join(names)}")  # fmt: skip
+        problem = "several arms match" if found else "no such arm"
+        hint = nearest(wanted, names)
+        raise Refused(f"baseline {wanted!r}: {problem}{hint}; there are {', '.join(names)}")
     return found[0]
 
 
@@ -102,34 +96,41 @@ def table_of(comparisons: Sequence[Comparison], baseline: str) -> Table:
 def main() -> None:
     """The door."""
     parser = argparse.ArgumentParser(prog="normbench stats", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("study", type=Path, nargs="?", default=Path("outputs/adhoc"),
-                        help="a study's folder (default: outputs/adhoc)")  # fmt: skip
+    parser.add_argument(
+        "study", type=Path, nargs="?", default=Path("outputs/adhoc"),
+        help="a study's folder (default: outputs/adhoc)",
+    )  # fmt: skip
     parser.add_argument("--baseline", help="the arm to compare with (default: obn where there is one)")
     parser.add_argument(
         "--metric", action="append", help=f"a column of results.csv (default: {', '.join(METRICS)})"
     )
     parser.add_argument("--all", action="store_true", help="every row, not only the newest plan's")
-    arguments = parser.parse_args()
+    with one_line_errors("stats"):
+        report(parser.parse_args())
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Print one table per metric."""
     rows, planned = read(arguments.study, arguments.all)
+    if rows.empty:
+        raise Refused(f"0 of {planned} sessions under {arguments.study} have ended; train first")
     metrics = arguments.metric or METRICS
     for metric in metrics:
         if metric not in rows or not pd.api.types.is_numeric_dtype(rows[metric]):
-            refuse(f"metric {metric!r}: no such column of numbers{nearest(metric, rows.columns)}")
-    counts = rows["status"].value_counts()
-    print(f"{arguments.study}: {len(rows)} of {planned} sessions: "
-          + ", ".join(f"{n} {status}" for status, n in counts.items()))  # fmt: skip
-    named = rows.assign(
-        label=rows["setting"].map(short_names(dict(zip(rows["setting"], rows["arm"], strict=True))))
-    )
-    names = list(named.sort_values("launch_order")["label"].unique())
-    baseline = choose_baseline(sorted(names), arguments.baseline)
-    names = [baseline, *sorted(n for n in names if n != baseline)]
+            raise Refused(f"metric {metric!r}: no such column of numbers{nearest(metric, rows.columns)}")
+    counts = ", ".join(f"{n} {status}" for status, n in rows["status"].value_counts().items())
+    print(f"{arguments.study}: {len(rows)} of {planned} sessions: {counts}")
+    labels = short_names(dict(zip(rows["setting"], rows["arm"], strict=True)))
+    named = rows.assign(label=rows["setting"].map(labels))
+    names = sorted(labels.values())
+    baseline = choose_baseline(names, arguments.baseline)
+    names = [baseline, *(n for n in names if n != baseline)]
     console = Console()
     for metric in metrics:
         values = {name: named[named["label"] == name][metric].dropna().tolist() for name in names}
         others = {name: None if name == baseline else values[baseline] for name in names}
-        rows_of_table = [compare(metric, name, values[name], others[name]) for name in names]
-        console.print(table_of(rows_of_table, baseline))
+        comparisons = [compare(metric, name, values[name], others[name]) for name in names]
+        console.print(table_of(comparisons, baseline))
 
 
 if __name__ == "__main__":

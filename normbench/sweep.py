@@ -12,9 +12,10 @@ from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
-from normbench.config import Composer
+from normbench.config import Composer, plain
 from normbench.identity import identify
 from normbench.plan import Arm, Plan, Planned
+from normbench.study import Fidelity, Study
 from normbench.values import Refused, nearest
 
 BESIDE_ARMS = ("session", "seed", "study", "fidelity")
@@ -27,14 +28,16 @@ class SweepFailed(Exception):
 def sweep(composer: Composer, launcher: Launcher, master: DictConfig, arguments: Sequence[str]) -> None:
     """Plan one command, check every arm before a folder exists, launch what is missing, gather the rows."""
     plan = make_plan(composer, master, arguments)
+    plan.check_folders()
     todo = [s for s in plan.sessions if not plan.finished(s)]
     if todo:
         check_arms(plan, {s.arm: s for s in todo}.values(), here=runs_here(launcher))
     done = len(plan.sessions) - len(todo)
     print(f"{plan.study}: {count(len(plan.arms), 'arm')}, {count(len(plan.sessions), 'session')}, "
           f"{done} done, {len(todo)} to run", flush=True)  # fmt: skip
+    plan.write()
     if todo:
-        path = str(plan.write().resolve()).replace("'", "\\'")
+        path = str(plan.path.resolve()).replace("\\", "\\\\").replace("'", "\\'")
         slices = [[f"plan.file='{path}'", "plan.first=0", f"plan.last={len(plan.sessions)}"]]
         try:
             returned = launcher.launch(slices, initial_job_idx=0)
@@ -98,50 +101,73 @@ def job(cfg: DictConfig) -> None:
 def make_plan(composer: Composer, master: DictConfig, arguments: Sequence[str]) -> Plan:
     """The plan that these overrides ask for; Refused before anything is written."""
     parser = OverridesParser.create(config_loader=composer.loader)
-    typed: dict[str, Override] = {}
-    for override in parser.parse_overrides(list(arguments)):
-        if typed.setdefault(str(override.key_or_group), override) is not override:
-            raise Refused(f"{override.key_or_group} is given twice; a sweep is one list, like norm=obn,mbn")
-    for key in ("study", *(k for k in typed if k.startswith(("study.", "plan.")))):
-        if key in typed and typed[key].is_sweep_override():
+    typed = by_key(parser.parse_overrides(list(arguments)), "the command")
+    for key in typed:
+        if key.startswith("plan."):
+            raise Refused(f"{key} is filled in by normbench; leave it out")
+        if key.startswith("study") and typed[key].is_sweep_override():
             raise Refused(f"{key} cannot be swept; run one study per command")
-    study = master.study
+    chosen = master.hydra.runtime.choices.get("study")
+    study = Study.of(plain(master)["study"], None if chosen in (None, "null") else str(chosen))
+    beside = [str(o.input_line) for key, o in typed.items() if key == "study"]
     shared = [o for key, o in typed.items() if key not in BESIDE_ARMS]
+    versions = fidelities(study, typed.get("fidelity"))
     arms: dict[str, Arm] = {}
-    for fidelity in fidelities(study, typed.get("fidelity")):
-        for overrides in expand_arms(parser, study, fidelity, shared):
-            chosen = [str(o.input_line) for key, o in typed.items() if key == "study"]
-            values, choices = composer.compose([*chosen, *overrides])
+    for version in versions:
+        for overrides in expand_arms(parser, study, version, shared):
+            values, choices = composer.compose([*beside, *overrides])
             setting = identify(values, choices, *composer.usual(choices))
-            if setting.hash in arms and not fidelity:
+            if setting.hash in arms and len(versions) == 1:
                 raise Refused(f"two arms are one setting ({setting.id}): {' '.join(overrides)}; give it once")
-            arms[setting.hash] = Arm.of(setting, values, choices)
-    sessions = numbers(typed.get("session"), "session", study_sessions(study, master.session))
+            arms.setdefault(setting.hash, Arm.of(setting, values, choices))
+    default = [master.session] if study.sessions is None else list(range(study.sessions))
+    sessions = numbers(typed.get("session"), "session", default)
     seeds = numbers(typed.get("seed"), "seed", [master.seed])
     return Plan.interleaved(study.name, list(arms.values()), sessions, seeds)
 
 
-def key_of(override: Override) -> str:
-    """The key that an override sets; `norm.stride` and its shorthand count as one."""
-    key = str(override.key_or_group)
+def by_key(overrides: Iterable[Override], where: str) -> dict[str, Override]:
+    """Overrides by the key they set; Refused where one is given twice."""
+    keys: dict[str, Override] = {}
+    for override in overrides:
+        if keys.setdefault(str(override.key_or_group), override) is not override:
+            key = override.key_or_group
+            raise Refused(f"{key} is given twice in {where}; a sweep is one list, like norm=obn,mbn")
+    return keys
+
+
+def meaning(key: str) -> str:
+    """`norm.stride` and its shorthand are one key."""
     return "stride" if key == "norm.stride" else key
 
 
 def expand_arms(
-    parser: OverridesParser, study: DictConfig, fidelity: str | None, shared: Sequence[Override]
+    parser: OverridesParser, study: Study, version: Fidelity, shared: Sequence[Override]
 ) -> Iterator[list[str]]:
     """The overrides of every arm: what the study's arms say, crossed with the swept keys of the command."""
-    as_written = study.fidelities[fidelity] if fidelity else {}
-    extra = [o for o in parser.parse_overrides(list(as_written.get("overrides") or []))]
-    arms = [parser.parse_overrides(shlex.split(arm)) for arm in as_written.get("arms") or study.arms or [""]]
-    clash = {key_of(o) for own in arms for o in own} & {key_of(o) for o in shared}
+    extra = by_key(parser.parse_overrides(list(version.overrides)), f"a fidelity of study={study.name}")
+    arms = [parse_arm(parser, arm) for arm in version.arms or study.arms or [""]]
+    common = {meaning(str(o.key_or_group)) for o in shared}
+    clash = {meaning(key) for arm in arms for key in arm} & common
     if clash:
         keys = ", ".join(sorted(clash))
         raise Refused(f"{keys}: set by the arms of study={study.name}; leave it out of the command")
-    for own in arms:
-        given = {key_of(o) for o in [*own, *shared]}
-        everything = [*(o for o in extra if key_of(o) not in given), *own, *shared]
+    for arm in arms:
+        given = common | {meaning(key) for key in arm}
+        everything = [*(o for key, o in extra.items() if meaning(key) not in given), *arm.values(), *shared]
         yield from (list(combination) for combination in itertools.product(*map(spellings, everything)))
+
+
+def parse_arm(parser: OverridesParser, arm: str) -> dict[str, Override]:
+    """The overrides of one arm; what belongs to the whole study cannot be among them."""
+    try:
+        overrides = by_key(parser.parse_overrides(shlex.split(arm)), f"the arm {arm!r}")
+    except ValueError as error:  # an open quotation mark
+        raise Refused(f"study.arms: {arm!r} cannot be read ({error})") from error
+    for key in overrides:
+        if key in (*BESIDE_ARMS, "out") or key.startswith(("study.", "plan.", "hydra")):
+            raise Refused(f"study.arms: {arm!r} sets {key}, which belongs to the study or the command")
+    return overrides
 
 
 def spellings(override: Override) -> list[str]:
@@ -153,28 +179,18 @@ def spellings(override: Override) -> list[str]:
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
-def fidelities(study: DictConfig, typed: Override | None) -> list[str | None]:
-    """Which of the study's versions to run: the one asked for, else its first; [None] for a study without."""
-    offered = list(study.fidelities or {})
+def fidelities(study: Study, typed: Override | None) -> list[Fidelity]:
+    """Which of the study's versions to run: those asked for, else its first."""
+    offered = study.fidelities
     if typed is None:
-        return [offered[0]] if offered else [None]
+        return [next(iter(offered.values()), Fidelity())]
     asked = [str(value) for value in plain_values(typed)]
     for name in asked:
         if name not in offered:
             there = f"there are {', '.join(offered)}" if offered else "it has one version only"
-            raise Refused(
-                f"fidelity={name}: study={study.name} has none of this name{nearest(name, offered)}; {there}"
-            )
-    return [*asked]
-
-
-def study_sessions(study: DictConfig, single: int) -> list[int]:
-    """The study's own sessions, or the one session of the configuration."""
-    if study.sessions is None:
-        return [single]
-    if not isinstance(study.sessions, int) or study.sessions < 1:
-        raise Refused(f"study.sessions must be an int ≥ 1, got {study.sessions!r}")
-    return list(range(study.sessions))
+            hint = nearest(name, offered)
+            raise Refused(f"fidelity={name}: study={study.name} has none of this name{hint}; {there}")
+    return [offered[name] for name in asked]
 
 
 def numbers(typed: Override | None, key: str, default: list[int]) -> list[int]:
@@ -183,6 +199,8 @@ def numbers(typed: Override | None, key: str, default: list[int]) -> list[int]:
     for value in values:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise Refused(f"{key} must be an int ≥ 0, got {value!r}; range(30) gives 0 to 29")
+    if not values:
+        raise Refused(f"{key} has no value; range(30) gives 0 to 29")
     if len(set(values)) < len(values):
         raise Refused(f"{key} has a value twice: {', '.join(map(str, values))}")
     return values

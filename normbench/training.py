@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
 from normbench import device as machine
-from normbench.building import build, norm_layers_of
+from normbench.building import build, norm_layers_of, remake_strangers
 from normbench.config import Config
 from normbench.data.loading import Data, EvalPart, load
 from normbench.data.options import DatasetOptions
@@ -140,7 +140,7 @@ def look(ready: Prepared) -> None:
 
 @contextlib.contextmanager
 def settings_of(config: Config, device: torch.device) -> Iterator[None]:
-    """The process-wide switches of a session, put back afterwards: threads, determinism, random state."""
+    """The process-wide switches of a session; determinism and random state are put back afterwards."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
     machine.use_threads(config.threads)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -164,6 +164,7 @@ def start(ready: Prepared, seeds: Seeds) -> None:
     for name, tensor in state_of(ready.model):
         if name in ready.first_state:  # a layer that makes parameters in its forward makes them again
             tensor.copy_(ready.first_state[name])
+    remake_strangers(ready.model, seeds)
     initialise(ready.model, seeds)
     ready.optimizer.zero_grad()
     for tensor in state_tensors(ready.optimizer):
@@ -173,12 +174,20 @@ def start(ready: Prepared, seeds: Seeds) -> None:
 
 
 def warm_up(ready: Prepared, seeds: Seeds) -> None:
-    """A few throw-away steps, so that the first epoch is timed like the others."""
+    """A few throw-away steps, so that the first epoch is timed like the others.
+
+    A compiled model meets every batch size that will come, in training and evaluation: each costs compiling.
+    """
     start(ready, seeds)
-    batches = ready.data.train.batches(seeds, epoch=1)
-    for step, (x, y) in enumerate(itertools.islice(batches, WARMUP_STEPS)):
+    train_part = ready.data.train
+    for step, (x, y) in enumerate(itertools.islice(train_part.batches(seeds, epoch=1), WARMUP_STEPS)):
         ready.schedule.apply(ready.optimizer, step)
         train_step(ready, x, y)
+    if ready.config.compile:
+        for x, y in train_part.batches(seeds, 1, start_step=train_part.steps_per_epoch - 1):
+            train_step(ready, x, y)
+        for part in filter(None, (ready.data.val, ready.data.test)):
+            evaluate(ready, part)
 
 
 def train(
@@ -186,14 +195,11 @@ def train(
 ) -> tuple[Outcome, dict[str, Tensor]]:
     """Train a started model to its last step or to divergence; the outcome and the reported weights."""
     config, data, clock = ready.config, ready.data, machine.Stopwatch(ready.device)
-    machine.reset_peak_memory(ready.device)
-    every, steps_per_epoch = config.eval_every, data.train.steps_per_epoch
+    steps_per_epoch, every = data.train.steps_per_epoch, config.eval_every
     row_steps = every.count if every.unit == "steps" else steps_per_epoch
     eval_steps = every.count * (1 if every.unit == "steps" else steps_per_epoch)
-    totals = Totals(ready.device)
-    rows: list[EpochRow] = []
-    reported: tuple[EpochRow, Evaluation] | None = None
-    weights: dict[str, Tensor] = {}
+    totals, rows, selection = Totals(ready.device), [], Selection(config)
+    held = machine.reset_peak_memory(ready.device) - bytes_of(ready)
     began = time.perf_counter()
 
     clock.start()
@@ -201,61 +207,79 @@ def train(
         torch.manual_seed(seeds.number("forward", epoch, step))  # dropout and sampling norms draw from this
         lr = ready.schedule.apply(ready.optimizer, step - 1)
         totals.add(*train_step(ready, x, y), y)
-        progress.step()
+        progress.step(len(y))
         if step % row_steps and step < ready.total_steps:
             continue
 
         clock.stop()
-        images, loss, acc = totals.lap()
-        diverged = not math.isfinite(loss)
-        last = step == ready.total_steps or diverged
-        due = last or step % eval_steps == 0
-        eval_clock = machine.Stopwatch(ready.device)
-        eval_clock.start()
-        val = evaluate(ready, data.val) if due and data.val else None
-        test = evaluate(ready, data.test) if due else None
-        eval_clock.stop()
+        mean = totals.lap()
+        last = step == ready.total_steps or not math.isfinite(mean.loss)
+        eval_clock, val, test = machine.Stopwatch(ready.device), None, None
+        if last or step % eval_steps == 0:
+            eval_clock.start()
+            val = evaluate(ready, data.val) if data.val else None
+            test = evaluate(ready, data.test)
+            eval_clock.stop()
         train_time_s = clock.lap()
         row = EpochRow(
             epoch=epoch,
             step=step,
-            train_loss=loss,
-            train_acc=acc,
+            train_loss=mean.loss,
+            train_acc=mean.acc,
             val_loss=val.loss if val else None,
             val_acc=val.acc if val else None,
             test_loss=test.loss if test else None,
             test_acc=test.acc if test else None,
             lr=lr,
             epoch_time_s=train_time_s,
-            eval_time_s=eval_clock.lap() if due else None,
-            images_per_s=images / train_time_s,
-            peak_memory_mib=machine.peak_memory_mib(ready.device),
+            eval_time_s=eval_clock.lap() if test else None,
+            images_per_s=mean.images / train_time_s,
+            peak_memory_mib=(machine.peak_memory(ready.device) - held) / 2**20,
             finished_at=utc_now(),
         )
         rows.append(row)
         for seen_by in (table.append, scalars.write, progress.row):
             seen_by(row)
-        if test and (reported is None or reports(config.select, row, reported[0])):
-            reported = row, test
-            if config.save_model:
-                weights = {name: tensor.clone() for name, tensor in ready.model.state_dict().items()}
+        if test:
+            selection.consider(row, test, ready.model)
         if last:
             break
         clock.start()
 
-    if reported is None:
-        raise RuntimeError("a run ended without an evaluation")
-    row, test = reported
-    outcome = Outcome(
-        status="diverged" if diverged else "ok",
-        rows=rows,
-        reported=row,
-        test_macro_f1=float(f1_score(test.labels, test.predictions, average="macro", zero_division=0.0)),
-        steps_per_epoch=steps_per_epoch,
-        samples_per_epoch=data.train.num_samples,
-        total_time_s=time.perf_counter() - began,
-    )
-    return outcome, weights
+    return selection.outcome(rows, steps_per_epoch, time.perf_counter() - began), selection.weights
+
+
+class Selection:
+    """Which evaluation a session reports: the last, or the best on the validation part."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.row: EpochRow | None = None
+        self.test: Evaluation | None = None
+        self.weights: dict[str, Tensor] = {}
+
+    def consider(self, row: EpochRow, test: Evaluation, model: nn.Module) -> None:
+        """Take this evaluation in place of the reported one if it should be; the test set has no say."""
+        best = self.row.val_acc if self.row is not None and self.config.select == "best_val" else None
+        if best is not None and row.val_acc is not None and row.val_acc <= best:
+            return
+        self.row, self.test = row, test
+        if self.config.save_model:
+            self.weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def outcome(self, rows: list[EpochRow], steps_per_epoch: int, total_time_s: float) -> Outcome:
+        """How the session ended."""
+        if self.row is None or self.test is None:
+            raise RuntimeError("a run ended without an evaluation")
+        f1 = f1_score(self.test.labels, self.test.predictions, average="macro", zero_division=0.0)
+        status = "ok" if math.isfinite(rows[-1].train_loss) else "diverged"
+        return Outcome(status, rows, self.row, float(f1), steps_per_epoch, total_time_s)
+
+
+def bytes_of(ready: Prepared) -> int:
+    """What a setting itself holds: parameters, buffers and the optimizer's state."""
+    own = [tensor for _, tensor in state_of(ready.model)] + list(state_tensors(ready.optimizer))
+    return sum(tensor.numel() * tensor.element_size() for tensor in own)
 
 
 def endless(data: Data, seeds: Seeds) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -263,13 +287,6 @@ def endless(data: Data, seeds: Seeds) -> Iterator[tuple[int, Tensor, Tensor]]:
     for epoch in itertools.count(1):
         for x, y in data.train.batches(seeds, epoch):
             yield epoch, x, y
-
-
-def reports(select: str, row: EpochRow, reported: EpochRow) -> bool:
-    """Whether this evaluation takes the place of the reported one; the test set has no say."""
-    if select == "last":
-        return True
-    return row.val_acc is not None and reported.val_acc is not None and row.val_acc > reported.val_acc
 
 
 def autocast(ready: Prepared) -> torch.autocast:
@@ -322,10 +339,19 @@ class Totals:
         self.correct += (logits.argmax(1) == y).sum()
         self.images += len(y)
 
-    def lap(self) -> tuple[int, float, float]:
-        """Images, mean loss and accuracy since the last lap; counts from zero again."""
-        images, loss, acc = self.images, self.loss.item() / self.images, self.correct.item() / self.images
+    def lap(self) -> "Mean":
+        """The means since the last lap; counts from zero again."""
+        n = self.images
+        mean = Mean(n, self.loss.item() / n, self.correct.item() / n)
         self.images = 0
         self.loss.zero_()
         self.correct.zero_()
-        return images, loss, acc
+        return mean
+
+
+class Mean(NamedTuple):
+    """Loss (nats) and accuracy over so many images."""
+
+    images: int
+    loss: float
+    acc: float

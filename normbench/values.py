@@ -12,8 +12,9 @@ class Refused(ValueError):
 
 def closest(name: str, allowed: Iterable[str]) -> str | None:
     """What `name` was probably meant to be, if anything allowed looks like it."""
-    close = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.55)
-    return close[0] if close else None
+    lower = {str(a).lower(): str(a) for a in allowed}
+    close = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.55)
+    return lower[close[0]] if close else None
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ import pytest
 from conftest import STUDIES, Planner
 
 from normbench.config import conf_dir, flatten
-from normbench.identity import identify
+from normbench.identity import identify, short_names
 from normbench.plan import Plan
 from normbench.values import Refused
 
@@ -69,6 +69,16 @@ TYPOS = {
     "study=mbn_stride,mbn_r9": "study cannot be swept",
     "threads=1,2": "two arms are one setting",
     "norm=../../x": "no such norm",
+    "plan.last=3": "plan.last is filled in by normbench",
+    "session=range(0)": "session has no value",
+    "++hydra.mode=RUN": "normbench plans its sessions and their folders itself",
+    "hydra.sweep.dir=zz": "normbench plans its sessions and their folders itself",
+    "optim.schedule=cosine": "choose a group's option with /, like optim/schedule=cosine",
+    "optim.schedule.warmup=0.9": "optim.schedule.warmup must be > 0 and ≤ 0.5",
+    "study.name=../evil": "study.name must be a word that can name a folder",
+    "norm=MNB": "did you mean 'mbn'?",
+    "model.norm_layers=[prep.norm,prep.norm]": "norm_layers names a layer twice",
+    "out=/dev/null": "Not a directory",
     "norm=gn norm.num_groups=0": "norm.num_groups must be an int ≥ 1, got 0",
     "norm=gn norm.num_groups=two": "norm.num_groups must be an int ≥ 1, got 'two'",
 }
@@ -82,6 +92,10 @@ def test_a_typo_is_refused_in_one_line_naming_the_cure(
     assert TYPOS[command] in line
     assert "\n" not in line.strip()
     assert not list(tmp_path.iterdir())
+
+
+def test_options_may_stand_between_overrides(plan_of: Planner) -> None:
+    assert len(plan_of("epochs=1", "-m", "norm=obn,mbn").arms) == 2
 
 
 @pytest.mark.parametrize("command", ["epoch=3", "norm=mnb", "norm=mbn stride=0"])
@@ -125,6 +139,62 @@ def test_yaml_typos_in_a_users_study_are_refused(refusal: Callable[..., str], tm
     assert "unknown key 'study.arm'; did you mean 'study.arms'?" in refusal("study=arms", *at)
 
 
+MISTAKEN_STUDIES = {
+    "arms: ['norm=obn session=5']": "sets session, which belongs to the study or the command",
+    "arms: ['norm=obn norm=mbn']": "norm is given twice in the arm 'norm=obn norm=mbn'",
+    "arms: ['norm=obn study=mbn_r9']": "sets study, which belongs",
+    "arms: ['norm=obn out=x']": "sets out, which belongs",
+    "arms: []": "study.arms must be a list of override strings",
+    "arms: [1]": "study.arms must be a list of override strings",
+    "arms: 'norm=obn'": "study.arms must be a list of override strings",
+    "arms: ['norm=obn \"oops']": "cannot be read",
+    "arms: ['norm=obm']": "did you mean 'obn'?",
+    "sessions: 0": "study.sessions must be an int ≥ 1, got 0",
+    "sessions: many": "study.sessions must be an int ≥ 1, got 'many'",
+    "name: mbn_r9": "the study is called slip, as its file is",
+    "fidelities: {correct: null}": "study.fidelities.correct must be a mapping",
+    "fidelities: {correct: {override: ['norm=bn']}}": "; did you mean 'overrides'?",
+    "fidelities: {correct: {armz: ['norm=bn']}}": "did you mean 'arms'?",
+    "arms: [": "not valid YAML",
+}
+
+
+@pytest.mark.parametrize("slip", MISTAKEN_STUDIES, ids=list(MISTAKEN_STUDIES))
+def test_a_mistaken_study_is_refused_in_one_line(
+    refusal: Callable[..., str], tmp_path: Path, slip: str
+) -> None:
+    (tmp_path / "mine" / "study").mkdir(parents=True)
+    (tmp_path / "mine" / "study" / "slip.yaml").write_text(f"# @package _global_\nstudy: {{{slip}}}\n")
+    line = refusal("study=slip", "--config-dir", "mine")
+    assert MISTAKEN_STUDIES[slip] in line and line.count("\n") == 1
+
+
+MISTAKEN_GROUPS = {
+    (
+        "optim",
+        "{name: sgd, lr: 0.1, nesterovv: true}",
+    ): "unknown key 'optim.nesterovv'; did you mean 'optim.nesterov'?",
+    (
+        "optim",
+        "{defaults: [{schedule: step}], name: rmsprop}",
+    ): "optim.name must be one of adam, adamw, sgd, got 'rmsprop'",
+    ("optim", "{name: sgd, lr: 0.1}"): "optim/schedule is not chosen; add it to the defaults of optim=own",
+    ("optim/schedule", "{name: one_cycle, strat: 0.1}"): "did you mean 'optim.schedule.start'?",
+    ("batch", "{sise: 24}"): "did you mean 'batch.size'?",
+    ("norm", "{_target_: normbench.norms.bn.BatchNorm}"): "needs _partial_: true",
+}
+
+
+@pytest.mark.parametrize("group, text", MISTAKEN_GROUPS, ids=[str(i) for i in range(len(MISTAKEN_GROUPS))])
+def test_a_mistaken_file_of_ones_own_is_refused(
+    refusal: Callable[..., str], tmp_path: Path, group: str, text: str
+) -> None:
+    (tmp_path / "mine" / group).mkdir(parents=True)
+    (tmp_path / "mine" / group / "own.yaml").write_text(text)
+    line = refusal(f"{group}=own", "--config-dir", "mine")
+    assert MISTAKEN_GROUPS[group, text] in line and line.count("\n") == 1
+
+
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_study_composes_in_every_fidelity(study: str, plan_of: Planner) -> None:
     plan = plan_of(f"study={study}")
@@ -140,7 +210,7 @@ def test_fidelities_change_what_runs(plan_of: Planner) -> None:
     as_run = plan_of("study=mbn_r9", "fidelity=as_run")
     correct = plan_of("study=mbn_r9")
     assert [a.choices["norm"] for a in as_run.arms] == ["obn", "torch_bn"]
-    assert [a.values["norm"]["eps"] for a in as_run.arms] == [1e-3, 1e-3]
+    assert [a.values["norm"]["eps"] for a in as_run.arms] == [1e-5, 1e-3], "the study's own confound"
     assert [a.choices["norm"] for a in correct.arms] == ["obn", "mbn"]
     both = plan_of("study=mbn_r9", "fidelity=as_run,correct")
     assert len(both.arms) == 4
@@ -163,6 +233,7 @@ def test_one_setting_has_one_name_however_it_is_written(plan_of: Planner) -> Non
     assert same(plan_of("norm=mbn", "stride=4"), plan_of("norm=mbn", "norm.stride=4"))
     assert same(plan_of(), plan_of("threads=1"), plan_of("seed=3"), plan_of("session=2"), plan_of("out=x"))
     assert same(plan_of("optim.lr=1"), plan_of("optim.lr=1.0"))
+    assert same(plan_of("eval_every=1"), plan_of("eval_every=1epochs"), plan_of("eval_every='1 epoch'"))
     assert same(plan_of("device=cuda"), plan_of("device=cuda:1"))
     assert not same(plan_of("norm=obn"), plan_of("norm=torch_bn"))
     assert not same(plan_of("norm=mbn"), plan_of("norm=mbn", "stride=2"))
@@ -180,7 +251,34 @@ def test_a_readable_id_says_what_differs(plan_of: Planner) -> None:
     arm = plan_of("norm=mbn", "stride=4", "optim.lr=0.2", "batch=bs16").arms[0]
     assert arm.arm == "mbn-stride4-resnet9-digits-bs16-lr0.2"
     assert plan_of("optim=adam", "optim/schedule=step").arms[0].arm == "obn-resnet9-digits-adam-step"
-    assert plan_of("norm=bin", "norm.train_gate=false").arms[0].arm == "bin-no-train_gate-resnet9-digits"
+    assert plan_of("norm=bin", "norm.train_gate=false").arms[0].arm == "bin-no_train_gate-resnet9-digits"
+
+
+def labels(plan: Plan) -> list[str]:
+    return list(short_names({arm.setting: arm.arm for arm in plan.arms}).values())
+
+
+def test_arms_are_called_by_what_tells_them_apart(plan_of: Planner) -> None:
+    strides = ["mbn", "mbn-stride2", "mbn-stride4", "mbn-stride8"]
+    assert labels(plan_of("study=mbn_stride")) == ["obn", *strides]
+    assert labels(plan_of("optim.lr=1e-5,1e-6")) == ["obn-lr1e_05", "obn-lr1e_06"]
+    assert labels(plan_of("norm=bin", "norm.train_gate=true,false")) == ["bin", "bin-no_train_gate"]
+    assert labels(plan_of("study=d2l_lenet", "fidelity=as_run")) == [
+        "bn-momentum0.9-stored_varbiased", "torch_bn", "nn"]  # fmt: skip
+
+
+def test_long_ids_stay_apart_and_fit_a_file_name(plan_of: Planner) -> None:
+    layers = ",".join(f"res{i}{side}.norm" for i in (1, 2) for side in "ab")
+    plan = plan_of(
+        f"model.norm_layers=[prep.norm,layer1.norm,{layers},layer2.norm,layer3.norm]",
+        "optim.label_smoothing=0.123456789,0.987654321",
+        "optim.schedule.start=0.123456789",
+        "dataset.augment.cutout_p=0.123456789",
+        "norm=custom",
+        "norm._target_=torch.nn.BatchNorm2d",
+    )
+    first, second = (arm.setting for arm in plan.arms)
+    assert plan.arms[0].arm != plan.arms[1].arm and max(len(first), len(second)) < 200
 
 
 def test_plans_interleave_arms_and_shuffle_them_within_a_session(plan_of: Planner) -> None:

@@ -32,6 +32,7 @@ def test_labels_drop_the_words_that_all_arms_share() -> None:
     assert short_names(arms) == {"s1": "obn", "s2": "mbn-stride4"}
     assert short_names({"s1": "obn-resnet9", "s2": "obn-resnet9"}) == {"s1": "s1", "s2": "s2"}
     assert short_names({"s1": "obn-resnet9"}) == {"s1": "obn-resnet9"}
+    assert short_names({"s1": "bn-a-b", "s2": "bn-a-c"}) == {"s1": "bn-b", "s2": "bn-c"}
 
 
 def session(study: Path, arm: str, number: int, acc: float) -> None:

@@ -1,8 +1,9 @@
 """Puts the norm into a finished model's slots, and keeps the list of what stands there."""
 
 import copy
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -33,15 +34,19 @@ def place_norms(
     chosen = choose(slots, norm_layers, type(model).__name__)
     shapes = spatial_shapes(model, input_shape) if takes_spatial_shape(norm) else None
     placed: dict[str, nn.Module] = {}
+    makers: dict[str, Callable[[], nn.Module]] = {}
     for name, slot in slots.items():
         if name in chosen:
             extra = {} if shapes is None else {"spatial_shape": shapes[name]}
-            layer = norm(slot.num_features, **extra)
+            make = functools.partial(norm, slot.num_features, **extra)
+            layer = make()
             if not isinstance(layer, nn.Module):
                 raise TypeError(f"norm must return a torch.nn.Module, got {type(layer).__name__}")
             placed[name] = layer
+            makers[name] = make
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, placed.get(name, nn.Identity()))
+    model.norm_makers = makers  # type: ignore[assignment]  # how to make each anew
     return placed
 
 
@@ -49,6 +54,8 @@ def choose(slots: dict[str, Slot], norm_layers: str | Sequence[str], model: str)
     """The names of the slots that `norm_layers` means."""
     names = list(slots)
     if not isinstance(norm_layers, str) and isinstance(norm_layers, Sequence):
+        if len(set(norm_layers)) < len(norm_layers):
+            raise ValueError(f"norm_layers names a layer twice: {', '.join(norm_layers)}")
         for name in norm_layers:
             if name not in slots:
                 raise ValueError(f"norm_layers: {model} has no norm layer {name!r}{nearest(name, names)}")

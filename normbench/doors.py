@@ -1,0 +1,30 @@
+"""How every door refuses: one line on stderr and exit code 2, whatever a person or a disk got wrong."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from normbench.values import Refused
+
+
+def refuse(door: str, line: str) -> NoReturn:
+    """Print the one line and exit with code 2."""
+    print(f"normbench {door}: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextmanager
+def one_line_errors(door: str) -> Iterator[None]:
+    """Refusals, and files that cannot be read or written, end in one line."""
+    try:
+        yield
+    except (Refused, OSError) as error:
+        refuse(door, line_of(error))
+
+
+def line_of(error: Exception) -> str:
+    """The one line that tells a person what went wrong."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
