@@ -172,7 +172,7 @@ def test_a_mistaken_study_is_refused_in_one_line(
 MISTAKEN_GROUPS = {
     (
         "optim",
-        "{name: sgd, lr: 0.1, nesterovv: true}",
+        "{defaults: [{schedule: step}], name: sgd, nesterovv: true}",
     ): "unknown key 'optim.nesterovv'; did you mean 'optim.nesterov'?",
     (
         "optim",
