@@ -110,8 +110,9 @@ class Composer:
 
     def usual(self, choices: Mapping[str, str]) -> tuple[Values, dict[str, str]]:
         """What this model, data set and norm usually go with: what a short id need not mention."""
-        default = dict(self.choices_of(f"optim={choices['optim']}"))
-        default["optim"] = self.choices_of()["optim"]
+        default = dict(self.choices_of())
+        if choices["optim"] != default["optim"]:
+            default["optim/schedule"] = self.choices_of(f"optim={choices['optim']}")["optim/schedule"]
         return self.schema({**choices, "batch": default["batch"]}), default
 
     def choices_of(self, *overrides: str) -> dict[str, str]:
