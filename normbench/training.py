@@ -134,8 +134,18 @@ def look(ready: Prepared) -> None:
     ready.observation.idle = idle_options(ready.config.norm, ready.observation.layers)
     if ready.config.compile:
         ready.step_model = cast(nn.Module, torch.compile(ready.model))
-        train_step(ready, x, y)
+        meet_every_size(ready, x, y)
         ready.observation.kernels = kernels_of(lambda: train_step(ready, x, y), ready.device)
+
+
+def meet_every_size(ready: Prepared, x: Tensor, y: Tensor) -> None:
+    """Compile for every batch size that will come, in training and evaluation: each costs a compilation."""
+    train_step(ready, x, y)
+    last = ready.data.train.num_samples % len(y)
+    if last and ready.data.train.steps_per_epoch * len(y) > ready.data.train.num_samples:
+        train_step(ready, x[:last], y[:last])
+    for part in filter(None, (ready.data.val, ready.data.test)):
+        evaluate(ready, part)
 
 
 @contextlib.contextmanager
@@ -174,20 +184,12 @@ def start(ready: Prepared, seeds: Seeds) -> None:
 
 
 def warm_up(ready: Prepared, seeds: Seeds) -> None:
-    """A few throw-away steps, so that the first epoch is timed like the others.
-
-    A compiled model meets every batch size that will come, in training and evaluation: each costs compiling.
-    """
+    """A few throw-away steps, so that the first epoch is timed like the others."""
     start(ready, seeds)
-    train_part = ready.data.train
-    for step, (x, y) in enumerate(itertools.islice(train_part.batches(seeds, epoch=1), WARMUP_STEPS)):
+    batches = ready.data.train.batches(seeds, epoch=1)
+    for step, (x, y) in enumerate(itertools.islice(batches, WARMUP_STEPS)):
         ready.schedule.apply(ready.optimizer, step)
         train_step(ready, x, y)
-    if ready.config.compile:
-        for x, y in train_part.batches(seeds, 1, start_step=train_part.steps_per_epoch - 1):
-            train_step(ready, x, y)
-        for part in filter(None, (ready.data.val, ready.data.test)):
-            evaluate(ready, part)
 
 
 def train(
