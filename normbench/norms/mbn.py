@@ -5,7 +5,6 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.amp.autocast_mode import is_autocast_available
 
 from normbench.norms.base import PlainBatchNorm
 from normbench.values import flag, one_of, positive_int
@@ -88,9 +87,8 @@ class MBN(PlainBatchNorm):
         conv = (F.conv1d, F.conv1d, F.conv2d, F.conv3d)[x.ndim - 2]
         values = x.unsqueeze(-1) if x.ndim == 2 else x
         kernel = self.weight.to(x.dtype).view((-1,) + (1,) * (values.ndim - 1))  # (C, 1, 1, 1) for maps
-        device = x.device.type
-        # autocast would round the normalized values and the weights
-        exact = torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
+        # autocast, which the meta device does not have, would round the normalized values and the weights
+        exact = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
         with exact:
             y = conv(values, kernel, self.bias.to(x.dtype), groups=self.num_features)
         if x.ndim > 3:  # some kernels answer in the other memory format
