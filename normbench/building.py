@@ -14,6 +14,8 @@ from normbench.data.options import DatasetOptions
 from normbench.seeds import Seeds
 from normbench.values import Refused
 
+MODULE_ATTRIBUTES = vars(nn.Module()).keys()
+
 
 def build(config: Config) -> nn.Module:
     """The model with its norm layers, on the CPU; `model.norm_layers` holds the modules that `norm` returned.
@@ -95,14 +97,21 @@ def remake_strangers(model: nn.Module, seeds: Seeds) -> None:
 
 @torch.no_grad()
 def copy_state(part: nn.Module, fresh: nn.Module) -> None:
-    """One module's own parameters, buffers and plain attributes, without its children's or its hooks."""
+    """One module's own parameters, buffers and plain attributes, without its children's or its hooks.
+
+    What a forward pass has added since is taken away.
+    """
     for kind in ("_parameters", "_buffers"):
         for name, tensor in getattr(fresh, kind).items():
             there = getattr(part, kind).get(name)
             if there is not None and tensor is not None and there.shape == tensor.shape:
                 there.copy_(tensor)
+        for name in getattr(part, kind).keys() - getattr(fresh, kind).keys():
+            del getattr(part, kind)[name]
+    for name in vars(part).keys() - vars(fresh).keys() - MODULE_ATTRIBUTES:
+        del vars(part)[name]
     for name, value in vars(fresh).items():
-        if name.startswith("_") or isinstance(value, (nn.Module, types.FunctionType)):
+        if name in MODULE_ATTRIBUTES or isinstance(value, types.FunctionType):
             continue
         there = vars(part).get(name)
         if isinstance(value, torch.Tensor) and isinstance(there, torch.Tensor):

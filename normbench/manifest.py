@@ -244,7 +244,7 @@ def never_moved(
         name
         for name, p in model.named_parameters()
         if p.requires_grad
-        and (id(p) not in trained or torch.equal(p.detach().cpu(), first.get(name, p.detach().cpu())))
+        and (id(p) not in trained or name not in first or torch.equal(p.detach().cpu(), first[name]))
     ]
     before_norm = {f"{at.fed_by}.bias" for at in observation.layers.values()}
     return Still([n for n in still if n not in before_norm], [n for n in still if n in before_norm])

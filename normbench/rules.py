@@ -85,7 +85,6 @@ RULES: dict[str, Rule] = {
     "device": device_name,
     "select": either("last", "best_val"),
     "eval_every": interval,
-    "fidelity": optional(lambda key, value: value),
     "threads": optional(positive_int),
     "batch.size": positive_int,
     "batch.eval_size": positive_int,

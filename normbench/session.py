@@ -128,7 +128,7 @@ def measured(ready: Prepared, outcome: Outcome, manifest: dict[str, Any]) -> Row
 
 
 def make_manifest(ready: Prepared, first: dict[str, Tensor]) -> dict[str, Any]:
-    """What ran: the norm layers as observed, options without effect, parameters that never still."""
+    """What ran: the norm layers as observed, options without effect, parameters that never moved."""
     seen = ready.observation
     idle = idle_options(ready.config.norm, seen.layers, among=seen.idle)
     trained = {id(p) for group in ready.optimizer.param_groups for p in group["params"]}

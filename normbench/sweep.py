@@ -37,8 +37,8 @@ def sweep(composer: Composer, launcher: Launcher, master: DictConfig, arguments:
           f"{done} done, {len(todo)} to run", flush=True)  # fmt: skip
     plan.write()
     if todo:
-        path = str(plan.path.resolve()).replace("\\", "\\\\").replace("'", "\\'")
-        slices = [[f"plan.file='{path}'", "plan.first=0", f"plan.last={len(plan.sessions)}"]]
+        where = [f"plan.file={quoted(plan.path.resolve())}", f"out={quoted(plan.folder.parent)}"]
+        slices = [[*where, "plan.first=0", f"plan.last={len(plan.sessions)}"]]
         try:
             returned = launcher.launch(slices, initial_job_idx=0)
         except KeyboardInterrupt:
@@ -49,6 +49,12 @@ def sweep(composer: Composer, launcher: Launcher, master: DictConfig, arguments:
                 job_return.return_value  # noqa: B018  (raises what ended the job: sessions catch their own)
     gather(plan)
     report_failures(plan)
+
+
+def quoted(path: Path) -> str:
+    """A path as a value in Hydra's grammar."""
+    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"
 
 
 def runs_here(launcher: Launcher) -> bool:

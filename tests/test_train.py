@@ -253,15 +253,16 @@ class D2L(torch.nn.Module):
     def __init__(self, num_features):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.rand(num_features) + 0.5)
-        self.moving_mean, self.moving_var = torch.zeros(num_features), torch.ones(num_features)
+        self.moving_mean, self._moving_var = torch.zeros(num_features), torch.ones(num_features)
     def forward(self, x):
-        mean, var = self.moving_mean, self.moving_var
+        mean, var = self.moving_mean, self._moving_var
+        self.calls = getattr(self, "calls", 0) + 1
         if self.training:
             mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))
             self.moving_mean = (0.9 * self.moving_mean + 0.1 * mean).detach()
-            self.moving_var = (0.9 * self.moving_var + 0.1 * var).detach()
+            self._moving_var = (0.9 * self._moving_var + 0.1 * var).detach()
         view = (1, -1, 1, 1)
-        return (x - mean.view(view)) / (var.view(view) + 1e-5).sqrt() * self.weight.view(view)
+        return (x - mean.view(view)) / (var.view(view) + 1e-5 * self.calls).sqrt() * self.weight.view(view)
 class Fused(torch.nn.BatchNorm2d):
     """The 2020 mistake: takes a stride and returns from the fused path before using it."""
     def __init__(self, num_features, *, stride=1, eps=1e-5):
@@ -301,6 +302,7 @@ def test_a_strangers_layer_starts_every_session_afresh(
     command = ["norm=custom", "norm._target_=strangers.D2L", *TINY, "save_model=true"]
     after, alone = train(*command, "session=0,1", "out=after"), train(*command, "session=1", "out=alone")
     assert numbers_of(after, session=1) == numbers_of(alone, session=1)
+    assert not Path("outputs").exists(), "out= is the only folder"
     ready = prepared(after)
     starts = []
     for session in (0, 1, 0):
