@@ -75,8 +75,13 @@ def run_session(ready: Prepared, config: Config, plan: Plan, planned: Planned, s
         torch.save(weights, folder / "model.pt")
     row = {**started(plan, planned, started_at), **measured(ready, outcome, manifest)}
     row = {column: row.get(column) for column in COLUMNS}
+    parts = {"train": ready.data.train, "val": ready.data.val, "test": ready.data.test}
+    images = {name: part.num_samples for name, part in parts.items() if part}
     (folder / "failure.json").unlink(missing_ok=True)
-    write_json(folder / "session.json", finite({"row": row, "manifest": manifest, "config": arm.values}))
+    write_json(
+        folder / "session.json",
+        finite({"row": row, "images": images, "manifest": manifest, "config": arm.values}),
+    )
     accuracy = f"test_acc {outcome.reported.test_acc:.4f}, {row['epoch_time_s']:.3f} s an epoch"
     print(f"{title}: {outcome.status}, {accuracy}, row in {folder / 'session.json'}", flush=True)
 

@@ -1,0 +1,285 @@
+"""The door `python -m normbench.stats`: every arm against a baseline, and a verdict with its reason.
+
+python -m normbench.stats outputs/adhoc --baseline obn
+python -m normbench.stats OBN=obn.csv MBN=mbn.csv --margin test_acc=0.01
+python -m normbench.stats --plan --sd 0.0018 --difference 0.001
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from normbench.doors import one_line_errors
+from normbench.values import Refused, nearest
+
+if TYPE_CHECKING:
+    from normbench.stats.comparison import Margin
+
+
+def parser() -> argparse.ArgumentParser:
+    """The door's options."""
+    made = argparse.ArgumentParser(
+        prog="normbench stats",
+        description="Compare every arm with a baseline: a verdict, its reason, and all the numbers.",
+        epilog="How verdicts are given: the README, or normbench/stats/verdicts.py.",
+        allow_abbrev=False,
+    )
+    add = made.add_argument
+    add(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help="a study's folder, a results CSV, a glob, or name=file.csv in the studies' format "
+        "Model No.,Time(s),Accuracy (default: outputs/adhoc)",
+    )
+    add(
+        "--baseline",
+        metavar="ARM",
+        help="the arm to compare with (default: obn, torch_bn or bn where there is one, else the first)",
+    )
+    add(
+        "--metric",
+        action="append",
+        metavar="NAME",
+        help="a column of results.csv, or from epochs.csv best_acc, last_acc, auc_acc, time_to_acc=0.93, "
+        "epochs_to_acc=0.93; repeatable (default: test_acc and epoch_time_s)",
+    )
+    add(
+        "--margin",
+        action="append",
+        metavar="METRIC=X",
+        help="equivalent within ±X, or ±X%% of the baseline's mean; repeatable",
+    )
+    add("--alpha", type=float, default=0.05, help="error rate of the whole command (default: 0.05)")
+    add("--power", type=float, default=0.8, help="for what could be found and is needed (default: 0.8)")
+    add(
+        "--by",
+        action="append",
+        metavar="COLUMN",
+        help="compare within each value of dataset, batch_size, model …; repeatable",
+    )
+    add("--all", action="store_true", help="every row of a folder, not only the newest plan's")
+    add("--test-images", type=int, metavar="N", help="size of the test set, where the inputs do not say it")
+    add(
+        "--look-every",
+        type=int,
+        metavar="N",
+        help="you look after every N sessions: alpha is spent over looks",
+    )
+    add("--planned", type=int, metavar="N", help="sessions an arm planned from the start, with --look-every")
+    add(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="for comparisons.csv and figures (default: the study's folder, else here)",
+    )
+    add("--figures", action="store_true", help="draw sessions, differences and launch order as PNG files")
+    add("--format", choices=("text", "md", "latex"), default="text", help="tables as text, Markdown or LaTeX")
+    add("--json", action="store_true", help="print everything as JSON instead of tables")
+    add("--seed", type=int, default=0, help="of the bootstrap and of permutations (default: 0)")
+    plan = made.add_argument_group("planning")
+    plan.add_argument(
+        "--plan",
+        nargs="?",
+        const="",
+        metavar="PILOT",
+        help="print the sessions needed; with a pilot's folder or CSV, by the sd of its rows",
+    )
+    plan.add_argument("--sd", type=float, metavar="X", help="standard deviation of one session")
+    plan.add_argument(
+        "--difference",
+        action="append",
+        metavar="[METRIC=]X",
+        help="the smallest true difference worth finding",
+    )
+    plan.add_argument(
+        "--correlation",
+        type=float,
+        metavar="R",
+        help="of sessions that share random numbers: plan for the paired test",
+    )
+    plan.add_argument(
+        "--comparisons",
+        type=int,
+        metavar="N",
+        help="how many tests will share alpha (default: 1, or the pilot's)",
+    )
+    return made
+
+
+def main() -> None:
+    """The door."""
+    arguments = parser().parse_args()
+    with one_line_errors("stats"):
+        check(arguments)
+        if arguments.plan is None:
+            report(arguments)
+        else:
+            plan(arguments)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse what is out of range or does not go together."""
+    for name, value in (("--alpha", arguments.alpha), ("--power", arguments.power)):
+        if not 0 < value < 1:
+            raise Refused(f"{name} must lie between 0 and 1, got {value:g}")
+    for name, number in (("--look-every", arguments.look_every), ("--planned", arguments.planned),
+                         ("--test-images", arguments.test_images)):  # fmt: skip
+        if number is not None and number < 1:
+            raise Refused(f"{name} must be an int ≥ 1, got {number}")
+    if (arguments.look_every is None) != (arguments.planned is None):
+        raise Refused("--look-every and --planned go together: --look-every 5 --planned 30")
+    if arguments.plan is None:
+        for name in ("sd", "difference", "correlation", "comparisons"):
+            if getattr(arguments, name) is not None:
+                raise Refused(f"--{name} belongs to planning; add --plan")
+    elif arguments.inputs:
+        raise Refused(f"--plan takes one pilot; {' '.join(arguments.inputs)} would not be read")
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Read, test, print, write."""
+    from normbench.stats import tables
+    from normbench.stats.analysis import analyse
+    from normbench.stats.comparison import Options
+    from normbench.stats.inputs import choose_metrics, read
+    from normbench.stats.metrics import Metric
+    from normbench.stats.sequential import Looks
+
+    inputs = arguments.inputs or ["outputs/adhoc"]
+    asked = [Metric.of(text) for text in dict.fromkeys(arguments.metric)] if arguments.metric else None
+    by = columns_of(arguments.by)
+    sessions = read(inputs, asked, by, arguments.all)
+    metrics = choose_metrics(sessions, asked)
+    looks = sessions.looks
+    if arguments.look_every:
+        most = int(sessions.rows["key"].value_counts().max())
+        looks = Looks.every(arguments.look_every, arguments.planned, most)
+    options = Options(
+        arguments.alpha,
+        arguments.power,
+        margins_of(arguments.margin, [m.name for m in metrics]),
+        looks,
+        arguments.test_images,
+        seed=arguments.seed,
+    )
+    analysis = analyse(sessions, metrics, options, arguments.baseline, by)
+    where = " ".join(inputs)
+    if arguments.json:
+        print(tables.json_text(analysis, where))
+    elif arguments.format == "text":
+        tables.show(analysis, where, Console() if sys.stdout.isatty() else tables.plain_console())
+    else:
+        print(
+            tables.markdown(analysis, where) if arguments.format == "md" else tables.latex(analysis, where),
+            end="",
+        )
+    folder = arguments.out or sessions.folder or Path()
+    written = [tables.write(analysis, folder)]
+    if arguments.figures:
+        from normbench.stats.figures import draw
+
+        written += draw(analysis, folder)
+    if not arguments.json and arguments.format == "text":
+        print("\nwritten: " + ", ".join(map(str, written)))
+
+
+def margins_of(texts: Sequence[str] | None, metrics: Sequence[str]) -> dict[str, "Margin"]:
+    """`--margin` by metric."""
+    from normbench.stats.comparison import Margin
+
+    margins: dict[str, Margin] = {}
+    for text in texts or []:
+        name, sign, value = text.rpartition("=")
+        if not sign:
+            raise Refused(f"--margin {text}: name the metric, like {metrics[0]}={text}")
+        if name not in metrics:
+            hint = nearest(name, metrics)
+            raise Refused(f"--margin {text}: {name!r} is not compared{hint}; there are {', '.join(metrics)}")
+        if name in margins:
+            raise Refused(f"--margin {text}: {name} has two margins")
+        margins[name] = Margin.of(value, f"--margin {text}")
+    return margins
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Print the sessions that a question needs."""
+    from normbench.stats.planning import Question
+
+    if arguments.plan:
+        plan_by_pilot(arguments)
+        return
+    if arguments.sd is None:
+        raise Refused("--plan needs --sd, or a pilot: --plan outputs/pilot")
+    difference, margin = (
+        one_number(name, texts)
+        for name, texts in (("difference", arguments.difference), ("margin", arguments.margin))
+    )
+    comparisons = 1 if arguments.comparisons is None else arguments.comparisons
+    question = Question(
+        arguments.sd, arguments.alpha, arguments.power, difference, margin, arguments.correlation, comparisons
+    )
+    for line in question.describe():
+        print(line)
+
+
+def plan_by_pilot(arguments: argparse.Namespace) -> None:
+    """The same, with the spread from a pilot's rows."""
+    from normbench.stats.comparison import Options
+    from normbench.stats.pilot import sessions_needed
+
+    for name in ("sd", "correlation"):
+        if getattr(arguments, name) is not None:
+            raise Refused(f"--plan {arguments.plan}: the pilot's rows give the sd; leave --{name} out")
+    if not (arguments.difference or arguments.margin):
+        raise Refused("--plan needs --difference (to be found) or --margin (to be equivalent within)")
+    differences = dict(named_number("difference", text) for text in arguments.difference or [])
+    names = [text.rpartition("=")[0] or "test_acc" for text in arguments.margin or []]
+    texts = [text if "=" in text else f"test_acc={text}" for text in arguments.margin or []]
+    options = Options(
+        arguments.alpha, arguments.power, margins_of(texts, names), resamples=0, seed=arguments.seed
+    )
+    by = columns_of(arguments.by)
+    for line in sessions_needed(arguments.plan, options, differences, arguments.baseline, by,
+                                arguments.comparisons, arguments.all):  # fmt: skip
+        print(line)
+
+
+def named_number(option: str, text: str) -> tuple[str, float]:
+    """`test_acc=0.001`, or `0.001` of test_acc."""
+    name, _, value = text.rpartition("=")
+    return name or "test_acc", positive(option, value)
+
+
+def one_number(option: str, texts: Sequence[str] | None) -> float | None:
+    """The one value that a plan without rows can use."""
+    if not texts:
+        return None
+    if len(texts) > 1:
+        raise Refused(f"--{option}: give it once with --plan --sd")
+    return positive(option, texts[0].rpartition("=")[2])
+
+
+def positive(option: str, text: str) -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise Refused(f"--{option} must be a number above 0, got {text!r}")
+    return value
+
+
+def columns_of(texts: Sequence[str] | None) -> list[str]:
+    """`--by a,b --by c` as a list."""
+    return list(dict.fromkeys(column for text in texts or [] for column in text.split(",") if column))
+
+
+if __name__ == "__main__":
+    main()
