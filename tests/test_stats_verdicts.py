@@ -94,7 +94,7 @@ def test_what_only_holds_alone_is_not_different_after_holm() -> None:
     }
     c = next(c for c in judged(arms, options=options).comparisons if c.treatment == "mbn")
     assert c.p == alone.p and c.p_holm == pytest.approx(10 * c.p)
-    assert c.verdict == "inconclusive" and "after Holm's correction over 10 tests" in c.reason
+    assert c.verdict == "inconclusive" and "p = 0.018 (Holm over 10 tests: 0.18)" in c.reason
 
 
 def test_pairs_identical_in_all_sessions_are_equivalent_without_a_margin() -> None:
@@ -311,3 +311,28 @@ def test_a_stopped_arm_is_complete(tmp_path: Path) -> None:
         sessions, choose_metrics(sessions, None), Options(resamples=0, looks=sessions.looks)
     ).comparisons
     assert c.looks == "2, 4 of 6" and c.n_expected == 4
+
+
+def test_a_target_that_nobody_reached_is_no_equivalence() -> None:
+    rows = rows_of({"obn": [3.0] * 12, "mbn": [3.0] * 12}, "epochs_to_acc=0.9", pairs=True)
+    rows["epochs_to_acc=0.9 reached"] = False
+    (c,) = analyse(Sessions(rows), [Metric.of("epochs_to_acc=0.9")], QUICK).comparisons
+    assert (c.verdict, c.p) == ("inconclusive", 1.0)
+    assert "12 of 12 against 12 of 12 sessions never got there" in c.reason
+
+
+def test_looks_hold_for_times_to_a_target_too() -> None:
+    rng = np.random.default_rng(0)
+    rows = rows_of(
+        {"obn": rng.integers(3, 9, 10), "mbn": rng.integers(5, 11, 10)}, "epochs_to_acc=0.9", pairs=True
+    )
+    rows["epochs_to_acc=0.9 reached"] = True
+    metric = [Metric.of("epochs_to_acc=0.9")]
+    (plain,) = analyse(Sessions(rows), metric, QUICK).comparisons
+    (held,) = analyse(Sessions(rows), metric, Options(looks=Looks(30, (5, 10)))).comparisons
+    assert plain.p < 0.1 < held.p and held.looks == "5, 10 of 30"
+
+
+def test_arms_are_listed_as_a_person_counts() -> None:
+    arms = {name: normal(3, seed=i) for i, name in enumerate(["mbn-stride10", "obn", "mbn-stride2", "mbn"])}
+    assert judged(arms).groups[0].order() == ["obn", "mbn", "mbn-stride2", "mbn-stride10"]

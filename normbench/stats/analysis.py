@@ -1,6 +1,7 @@
 """A whole command: arms by group, comparisons against the baseline as one family, verdicts, ranking."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +11,11 @@ import pandas as pd
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.oneway import anova_generic
 
-from normbench.stats.comparison import Arm, Comparison, Options, choose_test, compare, flat, pairing
+from normbench.stats.arms import Arm, pairing
+from normbench.stats.comparison import Comparison, Options, compare
 from normbench.stats.inputs import ENDED, Sessions, labels_of
 from normbench.stats.metrics import Metric
+from normbench.stats.primary import choose_test, flat
 from normbench.stats.series import Floats, effective_n, spread_of
 from normbench.stats.verdicts import DIFFERENT, FEWEST, FEWEST_EFFECTIVE, decide
 from normbench.values import Refused, nearest
@@ -56,7 +59,7 @@ class Group:
 
     def order(self) -> list[str]:
         """The baseline, then the others by name."""
-        return [self.baseline, *sorted(label for label in self.arms if label != self.baseline)]
+        return [self.baseline, *sorted((label for label in self.arms if label != self.baseline), key=natural)]
 
 
 @dataclass
@@ -148,6 +151,11 @@ def arms_of(sessions: Sessions, rows: pd.DataFrame) -> dict[str, Arm]:
         images = sessions.images.get(str(key), {})
         arms[label] = Arm(label, str(key), rows.iloc[at], order, places, expected, images)
     return arms
+
+
+def natural(label: str) -> list[tuple[bool, int, str]]:
+    """A key that puts stride2 before stride10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", label)]
 
 
 def choose_baseline(labels: Sequence[str], wanted: str | None) -> str:

@@ -1,32 +1,25 @@
-"""One arm against another in one metric: which sessions, which test, every number of comparisons.csv."""
+"""One arm against another in one metric: every number of a row of comparisons.csv."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pandas as pd
-from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
 from normbench.stats import estimates, survival
-from normbench.stats.estimates import ROUNDING, Estimate
+from normbench.stats.arms import Arm, obstacle, pairing, reached_by, too_few
+from normbench.stats.estimates import Estimate
 from normbench.stats.metrics import Metric
 from normbench.stats.planning import sessions_for_difference, sessions_for_equivalence
+from normbench.stats.primary import Primary, choose_test, flat
 from normbench.stats.sequential import Looks, sequential_p
 from normbench.stats.series import Floats, drift, effective_n, lag1
 from normbench.stats.verdicts import FEWEST, FEWEST_EFFECTIVE, FEWEST_TIMES
 from normbench.values import Refused
 
 NAN = math.nan
-SAME_NUMBERS = (
-    "model",
-    "dataset",
-    "batch_size",
-)  # with equal seed and session: equal weights, batches, augmentation
-SAME_MACHINE = ("device_name", "precision", "torch_version", "pack", "threads", "slots")
 
 
 @dataclass(frozen=True)
@@ -63,67 +56,6 @@ class Options:
     test_images: int | None = None
     resamples: int = 9999
     seed: int = 0
-
-
-@dataclass
-class Arm:
-    """One arm's sessions in the order they were run. `place` is each session's row in what arms share."""
-
-    label: str
-    key: str
-    rows: pd.DataFrame
-    place: NDArray[np.intp]
-    places: int
-    expected: int
-    images: Mapping[str, int] = field(default_factory=dict)
-    _known: dict[str, list[Any]] = field(default_factory=dict, repr=False)
-
-    def values(self, metric: str) -> Floats:
-        """The metric's values, in order, without missing ones."""
-        column = self.rows[metric].to_numpy(float)
-        return np.asarray(column[~np.isnan(column)])
-
-    def by_place(self, metric: str) -> Floats:
-        """The metric of every session that any arm of the group has; NaN where this arm has none."""
-        values = np.full(self.places, NAN)
-        values[self.place] = self.rows[metric].to_numpy(float)
-        return values
-
-    def known(self, column: str) -> list[Any]:
-        """The different values that a column is known to have."""
-        if column not in self._known:
-            values = list(self.rows[column].dropna().unique()) if column in self.rows else []
-            self._known[column] = sorted(values, key=str)
-        return self._known[column]
-
-    @cached_property
-    def numbered(self) -> bool:
-        """Whether every session says its seed and number."""
-        return {"seed", "session"} <= set(self.rows) and not self.rows[["seed", "session"]].isna().any(
-            axis=None
-        )
-
-    @cached_property
-    def hosts(self) -> NDArray[np.object_]:
-        """The host of every place, None where it is not known."""
-        hosts = np.full(self.places, None, dtype=object)
-        if "hostname" in self.rows:
-            names = self.rows["hostname"].astype(object)
-            hosts[self.place] = names.where(names.notna(), None).to_numpy()
-        return hosts
-
-    def count(self, status: str) -> int:
-        """Sessions that ended so."""
-        return (
-            int((self.rows["status"] == status).sum())
-            if "status" in self.rows
-            else len(self.rows) * (status == "ok")
-        )
-
-    def repeats_random_numbers_of(self, other: "Arm") -> bool:
-        """Whether equal (seed, session) means equal random numbers: by the rows, never assumed."""
-        same = all(self.known(column) == other.known(column) for column in SAME_NUMBERS)
-        return self.numbered and other.numbered and same
 
 
 @dataclass
@@ -190,91 +122,95 @@ class Comparison:
     estimate: Estimate | None = field(default=None, metadata={"inside": True})
 
 
-@dataclass(frozen=True)
-class Primary:
-    """The test that decides: its name, its estimate, and p values that hold for arms without spread too."""
-
-    name: str
-    estimate: Estimate
-    p: float
-    flat: bool
-    scale: float
-
-    def tost(self, margin: float) -> float:
-        """p of "the difference is the margin or more"."""
-        if not self.flat:
-            return float(self.estimate.tost(margin))
-        return self.p if abs(float(self.estimate.diff)) > ROUNDING * self.scale else 0.0
-
-    @classmethod
-    def of(cls, x: Floats, y: Floats, is_paired: bool, is_time: bool) -> "Primary":
-        """`x` the baseline's, `y` the treatment's sessions; at least two of each."""
-        test, name = choose_test(is_paired, is_time)
-        estimate = test(x, y)
-        scale = float(max(np.abs(x).max(), np.abs(y).max()))
-        sides = (y - x,) if is_paired else (x, y)
-        flat = all(float(np.ptp(side)) <= ROUNDING * scale for side in sides)
-        if not flat:
-            return cls(name, estimate, float(estimate.p), flat, scale)
-        same = abs(float(estimate.diff)) <= ROUNDING * scale
-        p = 1.0 if same else estimates.permutation_p(x.size, y.size, is_paired)
-        return cls("exact permutation", estimate, p, flat, scale)
-
-
-def choose_test(is_paired: bool, is_time: bool) -> tuple[Callable[[Floats, Floats], Estimate], str]:
-    """Welch's or the paired t; with effective numbers of sessions for times."""
-    if is_time:
-        return (
-            (estimates.paired_serial, "paired t (ess)")
-            if is_paired
-            else (estimates.welch_serial, "Welch (ess)")
-        )
-    return (estimates.paired, "paired t") if is_paired else (estimates.welch, "Welch")
-
-
 def compare(
     b: Arm, t: Arm, metric: Metric, options: Options, family: int = 1, control: bool = False
 ) -> Comparison:
     """Everything but Holm's correction and the verdict; `family` is the number of tests the command makes."""
     c = Comparison(metric.name, b.label, t.label, control=control)
     x, y = b.values(metric.name), t.values(metric.name)
-    count_sessions(c, b, t, x, y, metric)
+    count_sessions(c, b, t, x, y)
     describe(c, b, t, x, y, metric, options)
-    is_paired, reason = pairing(b, t, metric)
-    places = ~np.isnan(b.by_place(metric.name)) & ~np.isnan(t.by_place(metric.name)) if is_paired else None
-    px, py = (b.by_place(metric.name)[places], t.by_place(metric.name)[places]) if is_paired else (x, y)
-    c.pairs = len(px) if is_paired else 0
+    is_paired, c.repeats = pairing(b, t, metric)
+    places = None
+    px, py = x, y
+    if is_paired:
+        places = ~np.isnan(b.by_place(metric.name)) & ~np.isnan(t.by_place(metric.name))
+        px, py = b.by_place(metric.name)[places], t.by_place(metric.name)[places]
+        c.pairs = px.size
     c.obstacle = shut_out = obstacle(b, t, metric, is_paired) or too_few(metric, px, py)
-    c.repeats = reason
     if min(px.size, py.size) < FEWEST:
         return c
     if metric.is_until:
-        compare_until(c, b, t, metric, options, is_paired, places)
-        if shut_out:
-            c.p = c.tost_p = NAN
-        return c
+        one, other = reached_by((b, t), metric, places)
+        horizon = survival.horizon_of(one, other)
+        x = px = np.minimum(one.time, horizon)
+        y = py = np.minimum(other.time, horizon)
+        c.mean_baseline, c.mean_treatment = (survival.restricted_mean(a, horizon)[0] for a in (one, other))
+        c.sd_baseline = c.sd_treatment = NAN
+        c.repeats = "; ".join(filter(None, [never_reached(one, other), c.repeats]))
+        got_there = bool(one.reached.all() and other.reached.all())
+        c.identical = is_paired and got_there and np.array_equal(one.time, other.time)
+
+        def primary_at(n: int) -> Primary:
+            return Primary.until(one.first(n), other.first(n), is_paired, metric.is_time, options.seed)
+    else:
+        usual_tests(c, x, y, px, py, is_paired)
+        ends = estimates.bca(px, py, is_paired, options.alpha, options.seed, options.resamples)
+        c.bca_low, c.bca_high = ends
+        c.identical = is_paired and np.array_equal(px, py) and px.size == max(x.size, y.size)
+
+        def primary_at(n: int) -> Primary:
+            return Primary.of(px[:n], py[:n], is_paired, metric.is_time)
+
     series(c, x, y, px, py, is_paired, metric)
-    usual_tests(c, x, y, px, py, is_paired)
-    primary = Primary.of(px, py, is_paired, metric.is_time)
-    c.estimate, c.test = primary.estimate, primary.name
-    c.diff = float(primary.estimate.diff)
-    if not primary.flat:
-        c.ci_low, c.ci_high = (float(end) for end in primary.estimate.interval(options.alpha))
-    c.identical = is_paired and bool(np.array_equal(px, py)) and px.size == max(x.size, y.size)
-    c.bca_low, c.bca_high = estimates.bca(px, py, is_paired, options.alpha, options.seed, options.resamples)
-    if metric.name in options.margins:
-        c.margin = options.margins[metric.name].beside(c.mean_baseline)
-        c.tost_p = primary.tost(c.margin) if abs(c.diff) < c.margin else max(0.5, primary.tost(c.margin))
-    c.p = primary.p
+    conclude(c, primary_at(max(px.size, py.size)), is_paired, metric, options, family)
     if options.looks:
-        look(c, px, py, is_paired, metric, options.looks)
-    plan_more(c, primary, is_paired, options, family)
+        look(c, min(px.size, py.size), metric, options.looks, primary_at)
     if shut_out:
         c.p = c.tost_p = NAN
     return c
 
 
-def count_sessions(c: Comparison, b: Arm, t: Arm, x: Floats, y: Floats, metric: Metric) -> None:
+def conclude(
+    c: Comparison, primary: Primary, is_paired: bool, metric: Metric, options: Options, family: int
+) -> None:
+    """What the primary test says, what it could have found, and how many sessions would settle it."""
+    estimate = primary.estimate
+    c.estimate, c.test, c.p, c.diff = estimate, primary.name, primary.p, float(estimate.diff)
+    if metric.name in options.margins:
+        c.margin = options.margins[metric.name].beside(c.mean_baseline)
+        c.tost_p = primary.tost(c.margin)
+    if primary.flat:
+        return
+    c.ci_low, c.ci_high = (float(end) for end in estimate.interval(options.alpha))
+    c.min_detectable = estimate.detectable(options.alpha, options.power)
+    n = c.pairs if is_paired else min(c.n_baseline, c.n_treatment)
+    spread = float(estimate.se) * math.sqrt(
+        n if is_paired else n / 2
+    )  # of sessions worth what these are worth
+    alpha = options.alpha / family
+    if c.margin == c.margin and abs(c.diff) < c.margin:
+        needed = sessions_for_equivalence(spread, c.margin, alpha, options.power, is_paired)
+    else:
+        needed = sessions_for_difference(spread, c.diff, alpha, options.power, is_paired)
+    c.n_needed = math.inf if needed is None else max(needed, n + 1)
+
+
+def look(
+    c: Comparison, sessions: int, metric: Metric, looks: Looks, primary_at: Callable[[int], Primary]
+) -> None:
+    """Replace p and tost_p by those that hold over all looks so far, each on the sessions it saw."""
+    seen = looks.up_to(sessions)
+    fewest = FEWEST_TIMES if metric.is_time else FEWEST
+    primaries = [primary_at(n) if n >= fewest else None for n in seen.at]
+    c.p = sequential_p([primary.p if primary else 1.0 for primary in primaries], seen.fractions)
+    if c.margin == c.margin:
+        tosts = [primary.tost(c.margin) if primary else 1.0 for primary in primaries]
+        c.tost_p = sequential_p(tosts, seen.fractions, two_sided=False)
+    c.looks = f"{', '.join(map(str, seen.at)) or 'none yet'} of {looks.planned}"
+
+
+def count_sessions(c: Comparison, b: Arm, t: Arm, x: Floats, y: Floats) -> None:
     """How many there are, how many diverged, and whether the rates of divergence differ."""
     c.n_baseline, c.n_treatment, c.n_expected = x.size, y.size, t.expected
     c.diverged_baseline, c.diverged_treatment = b.count("diverged"), t.count("diverged")
@@ -307,57 +243,6 @@ def sd(x: Floats) -> float:
 def binomial_se(accuracy: float, images: int | None) -> float:
     """√(p (1 − p) / images): how much a score on so many images varies by the choice of images."""
     return math.sqrt(max(accuracy * (1 - accuracy), 0.0) / images) if images and accuracy == accuracy else NAN
-
-
-def pairing(b: Arm, t: Arm, metric: Metric) -> tuple[bool, str]:
-    """Whether sessions are compared in pairs, and a word where some have no partner."""
-    if not t.repeats_random_numbers_of(b):
-        return False, ""
-    x, y = b.by_place(metric.name), t.by_place(metric.name)
-    both = ~np.isnan(x) & ~np.isnan(y)
-    whole = int(min((~np.isnan(x)).sum(), (~np.isnan(y)).sum()))
-    most = int(max((~np.isnan(x)).sum(), (~np.isnan(y)).sum()))
-    if both.sum() < max(FEWEST, whole / 2):
-        return False, ""
-    if metric.is_time and not same_hosts(b, t, both):
-        return False, "pairs ran on different hosts, so each arm's own series decides"
-    return True, "" if both.sum() == most else f"by the {both.sum()} sessions that both arms have"
-
-
-def same_hosts(b: Arm, t: Arm, both: NDArray[np.bool_]) -> bool:
-    """Whether the two sessions of each pair ran on one host, as far as is known."""
-    if b.known("hostname") == t.known("hostname") and len(b.known("hostname")) <= 1:
-        return True
-    return bool(np.all(b.hosts[both] == t.hosts[both]))
-
-
-def obstacle(b: Arm, t: Arm, metric: Metric, is_paired: bool) -> str:
-    """Why the arms cannot be compared at all; empty where they can."""
-    for column in ("dataset", *(SAME_MACHINE if metric.is_time else ())):
-        one, other = b.known(column), t.known(column)
-        if one and other and one != other:
-            cure = "; use --by dataset" if column == "dataset" else ""
-            return f"{column} differs: {listed(other)} against {listed(one)}{cure}"
-        if len(one) > 1 and column != "dataset" and not is_paired:
-            return f"{column} varies within the arms: {listed(one)}"
-    return ""
-
-
-def listed(values: Sequence[Any]) -> str:
-    """Values on one line, whole numbers without a point."""
-    return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
-
-
-def too_few(metric: Metric, x: Floats, y: Floats) -> str:
-    """Why so many sessions say nothing; empty where they do."""
-    n = min(x.size, y.size)
-    if n < FEWEST:
-        return f"too few sessions: {y.size} against {x.size}, {FEWEST} an arm needed"
-    if metric.is_time and n < FEWEST_TIMES:
-        return (
-            f"too few sessions: {n} times cannot show how much they repeat themselves, {FEWEST_TIMES} needed"
-        )
-    return ""
 
 
 def series(
@@ -411,96 +296,9 @@ def usual_tests(c: Comparison, x: Floats, y: Floats, px: Floats, py: Floats, is_
     c.rank_test, c.rank_p = estimates.rank_test(px, py, is_paired)
 
 
-def flat(x: Floats) -> bool:
-    """Whether nothing varies but by rounding."""
-    return float(np.ptp(x)) <= ROUNDING * float(np.abs(x).max())
-
-
-def look(c: Comparison, px: Floats, py: Floats, is_paired: bool, metric: Metric, looks: Looks) -> None:
-    """Replace p and tost_p by those that hold over all looks so far, each on the sessions it saw."""
-    seen = looks.up_to(min(px.size, py.size))
-    fewest = FEWEST_TIMES if metric.is_time else FEWEST
-    ps, tosts = [], []
-    for n in seen.at:
-        primary = Primary.of(px[:n], py[:n], is_paired, metric.is_time) if n >= fewest else None
-        ps.append(primary.p if primary else 1.0)
-        inside = primary is not None and abs(float(primary.estimate.diff)) < c.margin
-        tosts.append(primary.tost(c.margin) if primary and inside else 1.0)
-    c.p = sequential_p(ps, seen.fractions)
-    if c.margin == c.margin:
-        c.tost_p = sequential_p(tosts, seen.fractions, two_sided=False)
-    c.looks = f"{', '.join(map(str, seen.at)) or 'none yet'} of {looks.planned}"
-
-
-def plan_more(c: Comparison, primary: Primary, is_paired: bool, options: Options, family: int) -> None:
-    """The smallest difference these sessions find, and how many sessions would settle an open question."""
-    if primary.flat:
-        return
-    estimate = primary.estimate
-    c.min_detectable = estimate.detectable(options.alpha, options.power)
-    n = min(c.n_baseline, c.n_treatment) if not is_paired else c.pairs
-    sd_one = float(estimate.se) * math.sqrt(
-        n if is_paired else n / 2
-    )  # as many sessions as now, worth what they are
-    alpha = options.alpha / family
-    if c.margin == c.margin and abs(c.diff) < c.margin:
-        needed = sessions_for_equivalence(sd_one, c.margin, alpha, options.power, is_paired)
-    elif c.diff != 0:
-        needed = sessions_for_difference(sd_one, c.diff, alpha, options.power, is_paired)
-    else:
-        needed = None
-    c.n_needed = math.inf if needed is None else max(needed, n + 1)
-
-
-def compare_until(
-    c: Comparison,
-    b: Arm,
-    t: Arm,
-    metric: Metric,
-    options: Options,
-    is_paired: bool,
-    places: NDArray[np.bool_] | None,
-) -> None:
-    """Times to a target: restricted means, the log-rank test, and for seconds the series' own repetition."""
-    sides = []
-    for arm in (b, t):
-        column = arm.rows[metric.name].to_numpy(float)
-        there = arm.rows[f"{metric.name} reached"].to_numpy(bool)
-        if places is not None:
-            time, reached = np.full(arm.places, NAN), np.zeros(arm.places, bool)
-            time[arm.place], reached[arm.place] = column, there
-            sides.append(survival.Reached(time[places], reached[places]))
-        else:
-            sides.append(survival.Reached(column[~np.isnan(column)], there[~np.isnan(column)]))
-    one, other = sides
-    horizon = survival.horizon_of(one, other)
-    (c.mean_baseline, se_b), (c.mean_treatment, se_t) = (survival.restricted_mean(a, horizon) for a in sides)
-    c.sd_baseline = c.sd_treatment = NAN
-    inflation = 1.0
-    x, y = np.minimum(one.time, horizon), np.minimum(other.time, horizon)
-    if metric.is_time:
-        series(c, x, y, x, y, is_paired, metric)
-        worth = [c.ess_diff] if is_paired else [c.ess_baseline, c.ess_treatment]
-        inflation = max(1.0, *(n / ess for n, ess in zip((x.size, y.size), worth, strict=False)))
-    c.diff = c.mean_treatment - c.mean_baseline
-    se = math.sqrt((se_b**2 + se_t**2) * inflation)
-    c.test = "log-rank" + (" (ess)" if metric.is_time else "") + (", within pairs" if is_paired else "")
-    c.p = survival.log_rank(one, other, is_paired, inflation, options.seed)
-    c.identical = is_paired and bool(np.array_equal(x, y) and np.array_equal(one.reached, other.reached))
-    missed = [int((~a.reached).sum()) for a in (other, one)]
-    if any(missed):
-        counts = f"{missed[0]} of {other.time.size} against {missed[1]} of {one.time.size}"
-        never = f"{counts} sessions never got there"
-        c.repeats = "; ".join(filter(None, [never, c.repeats]))
-    if se > 0:
-        half = se * float(scipy_stats.norm.isf(options.alpha / 2))
-        c.ci_low, c.ci_high = c.diff - half, c.diff + half
-        c.min_detectable = se * float(
-            scipy_stats.norm.isf(options.alpha / 2) + scipy_stats.norm.isf(1 - options.power)
-        )
-        if metric.name in options.margins:
-            c.margin = options.margins[metric.name].beside(c.mean_baseline)
-            c.tost_p = float(scipy_stats.norm.sf((c.margin - abs(c.diff)) / se))
-        sd_one = se * math.sqrt(min(x.size, y.size) / 2)
-        needed = sessions_for_difference(sd_one, c.diff, options.alpha, options.power) if c.diff else None
-        c.n_needed = math.inf if needed is None else max(needed, min(x.size, y.size) + 1)
+def never_reached(one: survival.Reached, other: survival.Reached) -> str:
+    """A word on sessions that ended before they got there."""
+    missed = [int((~side.reached).sum()) for side in (other, one)]
+    if not any(missed):
+        return ""
+    return f"{missed[0]} of {other.time.size} against {missed[1]} of {one.time.size} sessions never got there"

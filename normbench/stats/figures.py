@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
 from normbench.stats.analysis import Analysis, Group
-from normbench.stats.comparison import Arm, Comparison, pairing
+from normbench.stats.arms import Arm, pairing
+from normbench.stats.comparison import Comparison
 from normbench.stats.metrics import Metric
 from normbench.stats.series import Floats, effective_n, lag1, spread_of
 from normbench.stats.survival import Reached
-from normbench.stats.tables import between, number, signed
+from normbench.stats.tables import between, decimals, number, signed
 from normbench.stats.verdicts import (
     DIFFERENT,
     EQUIVALENT,
@@ -402,6 +403,8 @@ def quiet(axes: Axes, grid: Literal["x", "y", "both"]) -> None:
     axes.grid(axis=grid, color=FAINT, linewidth=0.5)
     axes.tick_params(color=FAINT, labelcolor=INK, labelsize=8.5)
     axes.xaxis.label.set(color=INK, fontsize=9)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_offset_text().set(color=INK, fontsize=8.5)
 
 
 def as_rows(axes: Axes, names: Sequence[str]) -> None:
@@ -481,7 +484,8 @@ def difference_words(c: Comparison, metric: Metric) -> str:
         return "no interval"
     if c.identical:
         return f"identical in all {c.pairs:,} pairs"
-    return f"{signed(c.diff, metric)}, " + (between(c, metric) if has_interval(c) else "no interval")
+    places = decimals([c], metric)
+    return f"{signed(c.diff, places)}, " + (between(c, places) if has_interval(c) else "no interval")
 
 
 def row_name(c: Comparison, group: Group) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
+from normbench.stats.estimates import Estimate
 from normbench.stats.series import Floats
 
 
@@ -23,13 +24,16 @@ class Reached:
     time: Floats
     reached: NDArray[np.bool_]
 
+    def first(self, n: int) -> "Reached":
+        """The first n sessions."""
+        return Reached(self.time[:n], self.reached[:n])
+
 
 def steps_of(arm: Reached) -> tuple[Floats, Floats, Floats]:
     """Times at which sessions reached the target, how many did, and how many had not before."""
-    times = np.unique(arm.time[arm.reached])
-    events = np.array([np.sum(arm.reached & (arm.time == t)) for t in times], dtype=float)
-    at_risk = np.array([np.sum(arm.time >= t) for t in times], dtype=float)
-    return times, events, at_risk
+    times, events = np.unique(arm.time[arm.reached], return_counts=True)
+    at_risk = arm.time.size - np.searchsorted(np.sort(arm.time), times, side="left")
+    return times, events.astype(float), at_risk.astype(float)
 
 
 def restricted_mean(arm: Reached, horizon: float) -> tuple[float, float]:
@@ -54,6 +58,15 @@ def horizon_of(*arms: Reached) -> float:
     last = [float(arm.time.max()) for arm in arms]
     short = [end for arm, end in zip(arms, last, strict=True) if not arm.reached[arm.time == end].all()]
     return min(short) if short else max(last)
+
+
+def difference(baseline: Reached, treatment: Reached, horizon: float, inflation: float = 1.0) -> Estimate:
+    """The difference of restricted means; Greenwood's variances with divisor n − 1, times `inflation`."""
+    n_b, n_t = baseline.time.size, treatment.time.size
+    (mean_b, se_b), (mean_t, se_t) = (restricted_mean(arm, horizon) for arm in (baseline, treatment))
+    variance = se_b**2 * n_b / (n_b - 1) + se_t**2 * n_t / (n_t - 1)
+    df = max((n_b + n_t) / inflation - 2, 1.0)
+    return Estimate(*(np.asarray(v) for v in (mean_t - mean_b, math.sqrt(variance * inflation), df)))
 
 
 def log_rank_scores(both: Reached) -> Floats:

@@ -96,13 +96,14 @@ def page(analysis: Analysis, group: Group, metric: Metric) -> Page:
     level = f"{100 * (1 - analysis.options.alpha):g} % interval"
     header = ["arm", "n", "mean", "sd", *(["test-set se"] if floor else []), "diff", level, "p (Holm)"]
     texts = [[*own_numbers(group.baseline, baseline_of(group, metric, rows), metric, floor), "", "", "", ""]]
+    after = decimals(rows, metric)
     for c in rows:
         against = "" if c.baseline == group.baseline else f" against {c.baseline}"
         name = f"{c.treatment}{against}" + (" (A/A control)" if c.control else "")
         own = (c.n_treatment, c.mean_treatment, c.sd_treatment, c.binomial_se_treatment)
         p = "" if math.isnan(c.p_holm) else f"{c.p_holm:.2g}"
         numbers = own_numbers(name, own, metric, floor)
-        texts.append([*numbers, signed(c.diff, metric), between(c, metric), p, c.verdict])
+        texts.append([*numbers, signed(c.diff, after), between(c, after), p, c.verdict])
     below = [f"{c.treatment}: {c.verdict}: {c.reason}" for c in rows]
     if ranking := group.ranking.get(metric.name):
         places = ", ".join(f"{r.label} ({r.letters})" for r in ranking)
@@ -145,20 +146,25 @@ def number(value: float, metric: Metric) -> str:
     return f"{value:.4f}" if is_fraction(metric) else f"{value:.4g}"
 
 
-def signed(value: float, metric: Metric) -> str:
+def decimals(rows: Sequence[Comparison], metric: Metric) -> int:
+    """As many as show two figures of the narrowest interval's half width; of fractions at least four."""
+    least = 4 if is_fraction(metric) else 0
+    halves = [(c.ci_high - c.ci_low) / 2 for c in rows if c.ci_high > c.ci_low]
+    sizes = halves or [abs(c.diff) for c in rows if c.diff]
+    finite = [size for size in sizes if math.isfinite(size)]
+    return max([least, *(1 - math.floor(math.log10(size)) for size in finite)])
+
+
+def signed(value: float, places: int) -> str:
     """A difference for reading."""
-    if math.isnan(value):
+    return "" if math.isnan(value) else f"{value:+.{places}f}"
+
+
+def between(c: Comparison, places: int) -> str:
+    """An interval for reading; none of arms that are not comparable."""
+    if math.isnan(c.ci_low) or c.verdict == NOT_COMPARABLE:
         return ""
-    return f"{value:+.4f}" if is_fraction(metric) else f"{value:+.3g}"
-
-
-def between(c: Comparison, metric: Metric) -> str:
-    """An interval for reading."""
-    return (
-        ""
-        if math.isnan(c.ci_low) or c.verdict == NOT_COMPARABLE
-        else f"{signed(c.ci_low, metric)} to {signed(c.ci_high, metric)}"
-    )
+    return f"{signed(c.ci_low, places)} to {signed(c.ci_high, places)}"
 
 
 def show(analysis: Analysis, where: str, console: Console) -> None:

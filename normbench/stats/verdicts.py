@@ -49,6 +49,8 @@ class Evidence(Protocol):
     diff: float
     ci_low: float
     ci_high: float
+    test: str
+    paired_r: float
     p: float
     p_holm: float
     margin: float
@@ -75,12 +77,14 @@ def decide(c: Evidence, alpha: float, family: int) -> Verdict:
     elif c.identical:
         word, why = EQUIVALENT, f"identical in all {c.n_treatment} sessions"
     elif c.p_holm < alpha:
-        word, why = DIFFERENT, f"{amount(c)}, {p_text(c, family)}"
+        word, why = DIFFERENT, f"{amount(c)}; {evidence(c, family)}"
         if within:
             why += f", though within the margin of ±{c.margin:.3g}"
     elif within and not c.unmeasured:
         word = EQUIVALENT
-        why = f"within ±{c.margin:.3g}: {amount(c)}, one-sided p {shown_p(c.tost_p_holm)}"
+        why = (
+            f"within ±{c.margin:.3g}: {amount(c)}; one-sided p {shown_p(c.tost_p_holm)} of the {test_name(c)}"
+        )
     else:
         word, why = INCONCLUSIVE, open_question(c, alpha, within, family)
     return Verdict(word, "; ".join(filter(None, [why, c.repeats, divergence(c, alpha)])))
@@ -95,12 +99,18 @@ def amount(c: Evidence) -> str:
     return f"{way} by {abs(c.diff):.3g}{between}"
 
 
-def p_text(c: Evidence, family: int) -> str:
-    """The p value that decided, and what it was corrected for."""
+def evidence(c: Evidence, family: int) -> str:
+    """The test that decides, its p value, and what that was corrected for."""
     looks = " over all looks" if c.looks else ""
     if family == 1:
-        return f"p {shown_p(c.p_holm)}{looks}"
-    return f"p {shown_p(c.p_holm)} after Holm's correction over {family} tests{looks}"
+        return f"{test_name(c)}: p {shown_p(c.p_holm)}{looks}"
+    holm = shown_p(c.p_holm).removeprefix("= ")
+    return f"{test_name(c)}: p {shown_p(c.p)}{looks} (Holm over {family} tests: {holm})"
+
+
+def test_name(c: Evidence) -> str:
+    """`paired t, r = 0.95`."""
+    return c.test if c.paired_r != c.paired_r or not c.pairs else f"{c.test}, r = {c.paired_r:.2f}"
 
 
 def shown_p(p: float) -> str:
@@ -110,11 +120,9 @@ def shown_p(p: float) -> str:
 
 def open_question(c: Evidence, alpha: float, within: bool, family: int) -> str:
     """Why nothing is settled, and what would settle it."""
-    words = amount(c)
+    words = f"{amount(c)}; {evidence(c, family)}"
     if within:
         return f"{words}; within ±{c.margin:.3g}, but {c.unmeasured} ended sessions have no value"
-    if c.p < alpha:
-        words += f"; p {shown_p(c.p)} alone, {shown_p(c.p_holm)} after Holm's correction over {family} tests"
     if c.min_detectable == c.min_detectable:
         words += f"; these sessions find {c.min_detectable:.2g} or more"
     return f"{words}; {sessions_needed(c)}"
