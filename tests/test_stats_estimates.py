@@ -174,7 +174,7 @@ def test_the_sequential_p_is_below_alpha_when_a_look_crossed_its_bound(
     ps: list[float], alpha: float, two_sided: bool
 ) -> None:
     fractions = tuple((k + 1) / 4 for k in range(len(ps)))
-    levels = sequential.nominal_levels(alpha, fractions, two_sided)
+    levels = sequential.levels(alpha, fractions, two_sided)
     if any(abs(p - level) < 1e-4 * level for p, level in zip(ps, levels, strict=True)):
         return
     crossed = any(p < level for p, level in zip(ps, levels, strict=True))
@@ -190,6 +190,7 @@ def test_looks_must_rise_to_the_planned_end() -> None:
 
 def test_a_plan_is_statsmodels() -> None:
     effect = 0.001 / 0.0018
+    assert planning.power_of_difference(200, 0.25, 0.05, False) == TTestIndPower().power(0.25, 200, 0.05)
     exact = TTestIndPower().solve_power(effect, alpha=0.05, power=0.8)
     assert planning.sessions_for_difference(0.0018, 0.001) == math.ceil(exact) == 52
     exact = TTestPower().solve_power(effect, alpha=0.05, power=0.8)

@@ -18,7 +18,7 @@ from scipy.optimize import brentq
 from normbench.stats.series import Floats, effective_n, spread_of
 
 ROUNDING = 1e-12  # of their size: values that differ by less are equal
-CAUTION = 0.25  # standard errors added to the lag-1 correlation of differences; docs/calibration.md says why
+CAUTION = 0.5  # standard errors added to the lag-1 correlation of differences; docs/calibration.md says why
 
 
 @dataclass(frozen=True)

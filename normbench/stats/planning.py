@@ -3,32 +3,59 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 from scipy import stats as scipy_stats
+from scipy.special import roots_jacobi
 from statsmodels.stats.power import TTestIndPower, TTestPower
 
+from normbench.stats.series import Floats
 from normbench.values import Refused
 
 MOST = 10**9
+FEW = 100  # sessions up to which Welch's test has visibly less power than Student's
 
 
 def power_of_difference(n: int, effect: float, alpha: float, is_paired: bool) -> float:
-    """Power of a two-sided t test; `effect`: true difference over sd (of differences where paired)."""
+    """Power of the two-sided paired or Welch's t test; `effect`: true difference over sd (of differences)."""
     if is_paired:
         return float(TTestPower().power(effect, n, alpha, alternative="two-sided"))
-    return float(TTestIndPower().power(effect, n, alpha, ratio=1.0, alternative="two-sided"))
+    if n > FEW:
+        return float(TTestIndPower().power(effect, n, alpha, ratio=1.0, alternative="two-sided"))
+    weights, df = welch_df(n)
+    limits, ncp = scipy_stats.t.isf(alpha / 2, df), effect * math.sqrt(n / 2)
+    right_way = scipy_stats.nct.sf(limits, 2 * n - 2, ncp)
+    wrong_way = np.nan_to_num(scipy_stats.nct.cdf(-limits, 2 * n - 2, ncp))
+    return float(weights @ (right_way + wrong_way))
 
 
 def power_of_equivalence(n: int, margin: float, alpha: float, is_paired: bool) -> float:
     """Power of two one-sided tests where there is no true difference; `margin` in sds.
 
-    2 · P(T(df, ncp) > t_{1−alpha, df}) − 1 with ncp = margin / standard error: Phillips 1990's
-    approximation, which is exact up to the correlation of the two tests.
+    2 · P(T > t_{1−alpha}) − 1 with T's noncentrality margin / standard error: Phillips 1990's approximation,
+    exact but for the correlation of the two tests.
     """
-    df = n - 1 if is_paired else 2 * n - 2
+    if is_paired or n > FEW:
+        weights, df = np.ones(1), np.full(1, n - 1.0 if is_paired else 2.0 * n - 2)
+    else:
+        weights, df = welch_df(n)
     ncp = margin * math.sqrt(n if is_paired else n / 2)
-    one = float(scipy_stats.nct.sf(scipy_stats.t.isf(alpha, df), df, ncp))
-    return max(0.0, 2 * one - 1) if math.isfinite(one) else float(ncp > 30)
+    one = scipy_stats.nct.sf(scipy_stats.t.isf(alpha, df), n - 1 if is_paired else 2 * n - 2, ncp)
+    one = np.where(np.isnan(one), float(ncp > 30), one)
+    return max(0.0, 2 * float(weights @ one) - 1)
+
+
+@cache
+def welch_df(n: int) -> tuple[Floats, Floats]:
+    """Probabilities and Welch's degrees of freedom, for two normal arms of n sessions and one variance.
+
+    With equal n Welch's t is Student's, and only its df vary: (n − 1) / (r² + (1 − r)²), r one arm's share of
+    the two sample variances, Beta((n−1)/2, (n−1)/2) and independent of their sum. Gauss–Jacobi nodes of r.
+    """
+    nodes, weights = roots_jacobi(40, (n - 3) / 2, (n - 3) / 2)
+    r = (nodes + 1) / 2
+    return weights / weights.sum(), (n - 1) / (r**2 + (1 - r) ** 2)
 
 
 def fewest(power_at: Callable[[int], float], power: float) -> int | None:

@@ -21,6 +21,9 @@ from normbench.stats.series import Floats
 from normbench.values import Refused
 
 SMALLEST = 1e-10
+ALLOWANCE = (
+    0.95  # of alpha, where there are several looks: t tests of few sessions cross normal bounds too often
+)
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(160)
 
 
@@ -101,6 +104,14 @@ def nominal_levels(alpha: float, fractions: tuple[float, ...], two_sided: bool =
     return tuple(levels)
 
 
+def levels(alpha: float, fractions: tuple[float, ...], two_sided: bool = True) -> tuple[float, ...]:
+    """The p value of a t test that each look must go below: the bounds of a little less than alpha.
+
+    By the bounds of alpha itself, six looks at 5 to 30 normal sessions err 0.0525 times (500,000 simulated).
+    """
+    return nominal_levels(alpha * (1.0 if fractions == (1.0,) else ALLOWANCE), fractions, two_sided)
+
+
 def sequential_p(ps: Sequence[float], fractions: Sequence[float], two_sided: bool = True) -> float:
     """One p value for all looks so far: the smallest alpha whose bounds some look has crossed.
 
@@ -112,7 +123,7 @@ def sequential_p(ps: Sequence[float], fractions: Sequence[float], two_sided: boo
         seen = tuple(fractions[: k + 1])
 
         def gap(log_alpha: float, seen: tuple[float, ...] = seen, p: float = p) -> float:
-            return nominal_levels(float(f"{math.exp(log_alpha):.10g}"), seen, two_sided)[-1] - p
+            return levels(float(f"{math.exp(log_alpha):.10g}"), seen, two_sided)[-1] - p
 
         low, high = math.log(SMALLEST), math.log(min(smallest, 0.999))
         if gap(high) <= 0:

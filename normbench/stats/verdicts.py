@@ -24,9 +24,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 FEWEST = 2
-FEWEST_TIMES = (
-    10  # below, no method tried kept AR(1) times under 10 false findings in 100 (docs/calibration.md)
-)
+FEWEST_TIMES = 10  # with fewer, pairs of AR(1) times err more than 10 times in 100 (docs/calibration.md)
 FEWEST_EFFECTIVE = 3.0
 
 DIFFERENT, EQUIVALENT = "different", "equivalent"
