@@ -130,7 +130,11 @@ class Plan:
     def read(cls, path: Path) -> "Plan":
         """The plan of one file."""
         body = read_json(path)
-        return cls(body["study"], [Arm(**a) for a in body["arms"]], [Planned(**s) for s in body["sessions"]])
+        try:
+            arms = [Arm(**arm) for arm in body["arms"]]
+            return cls(body["study"], arms, [Planned(**session) for session in body["sessions"]])
+        except (KeyError, TypeError) as error:
+            raise Refused(f"{path} is no plan; remove it to make it again") from error
 
     @classmethod
     def newest(cls, folder: Path) -> "Plan | None":

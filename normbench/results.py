@@ -139,8 +139,11 @@ def read_row(folder: Path) -> Row | None:
     """A session's row: from session.json, else from failure.json, else None where it never started."""
     for name in ("session.json", "failure.json"):
         if (folder / name).is_file():
-            row = read_json(folder / name)["row"]
-            return {column: row.get(column) for column in COLUMNS}
+            try:
+                row = read_json(folder / name)["row"]
+                return {column: row.get(column) for column in COLUMNS}
+            except (KeyError, TypeError, AttributeError) as error:
+                raise Refused(f"{folder / name} has no row; remove it to run the session again") from error
     return None
 
 

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +12,11 @@ import numpy as np
 import pytest
 
 from normbench.identity import short_names
+from normbench.plan import Plan
 from normbench.results import COLUMNS
 from normbench.stats import __main__ as door
 from normbench.stats import tables
+from normbench.stats.sequential import Looks
 
 ROOT = Path(__file__).parents[1]
 OBN, MBN = (str(ROOT / "docs" / "published" / f"resnet50_{name}.csv") for name in ("obn", "mbn"))
@@ -82,7 +86,6 @@ def test_the_published_sessions_give_the_numbers_that_were_worked_out_from_them(
     assert number(acc, "welch_p") == pytest.approx(0.9927, abs=5e-5)
     assert number(acc, "tost_p") == pytest.approx(0.089, abs=5e-4)
     assert number(acc, "hedges_g") == pytest.approx(0.0023, abs=5e-5)
-    assert number(acc, "min_detectable") == pytest.approx(0.021, abs=5e-4)
     assert (acc["test"], acc["paired_t"]) == ("Welch", "")  # a file without seeds has no pairs
     assert number(time, "diff") == pytest.approx(10.283, abs=5e-4)
     assert number(time, "welch_t") == pytest.approx(5.650, abs=5e-4)
@@ -97,6 +100,8 @@ def test_the_published_sessions_give_the_numbers_that_were_worked_out_from_them(
     assert number(acc, "tost_p") == pytest.approx(0.004, abs=5e-4)
     assert acc["verdict"] == "equivalent"
     assert number(time, "margin") == pytest.approx(0.02 * number(time, "mean_baseline"))
+    run(monkeypatch, f"OBN={OBN}", f"MBN={MBN}", "--metric", "test_acc")
+    assert number(comparisons()[0], "min_detectable") == pytest.approx(0.021, abs=5e-4)
 
 
 def test_the_test_sets_size_is_a_floor_under_the_spread(
@@ -175,7 +180,7 @@ def test_failed_and_diverged_sessions_are_named_and_kept(
     (row,) = comparisons(Path("st"))
     assert (row["diverged_baseline"], row["diverged_treatment"], row["n_treatment"]) == ("0", "7", "8")
     assert number(row, "fisher_p") == pytest.approx(0.0014, abs=5e-5)
-    assert "7 diverged against 0 (a different rate, Fisher's p = 0.0014)" in row["reason"]
+    assert "7 diverged against 0 (a different rate; Fisher, Holm: p = 0.0014)" in row["reason"]
 
 
 def test_missing_sessions_are_counted_against_the_plan(
@@ -325,6 +330,11 @@ def test_labels_drop_the_words_that_all_arms_share() -> None:
 
 
 FILES = {
+    "status.csv": "arm,session,seed,test_acc,status\nobn,0,0,0.9,OK\n",
+    "nameless.csv": "arm,session,seed,test_acc\nobn,0,0,0.9\n,1,0,0.9\n",
+    "huge.csv": "arm,session,seed,test_acc\nobn,0,0,1e160\n",
+    "hundred.csv": "arm,session,seed,test_acc\nobn,0,0,90.5\n",
+    "zero.csv": "arm,x\nobn,1\nobn,-1\nmbn,2\nmbn,3\n",
     "text.csv": "arm,session,seed,test_acc\nobn,0,0,0.9\nmbn,0,0,high\n",
     "twice.csv": "arm,session,seed,test_acc\nobn,0,0,0.9\nobn,0,0,0.8\n",
     "armless.csv": "session,test_acc\n0,0.9\n",
@@ -379,6 +389,32 @@ FILES = {
         (["binary.csv"], "binary.csv"),
         (["bare.csv"], "no metric: the rows have neither test_acc nor a time"),
         (["torn.csv"], "torn.csv"),
+        (["status.csv"], "status.csv, line 2: status='OK' is none of ok, diverged, failed, interrupted"),
+        (["nameless.csv"], "nameless.csv, line 3: arm is empty"),
+        (["huge.csv"], "huge.csv, line 2: test_acc=1e+160 is out of any range"),
+        (["hundred.csv"], "test_acc=90.5 must be a fraction from 0 to 1"),
+        (
+            ["zero.csv", "--metric", "x", "--margin", "x=2%"],
+            "a margin of 0.02 of the baseline's mean, which is 0",
+        ),
+        (["obn=ok.csv", "st"], "two arms are called 'obn'"),
+        (["st", "--metric", "seed"], "no such column of numbers"),
+        (["st", "--metric", "key"], "no such column of numbers"),
+        (["st", "--baseline", "[/red]"], "baseline '[/red]': no such arm"),
+        (["st", "--power", "0.04"], "--power=0.04 must lie above --alpha=0.05"),
+        (["st", "--alpha", "1e-320"], "--alpha must lie between"),
+        (["st", "--seed", "-1"], "--seed must be an int ≥ 0"),
+        (["--plan", "--sd", "1", "--difference", "1", "--json"], "--json does nothing with --plan"),
+        (
+            ["--plan", "--sd", "1", "--difference", "1", "--baseline", "x"],
+            "--baseline does nothing with --plan",
+        ),
+        (
+            ["--plan", "--sd", "1", "--difference", "1", "--comparisons", "0"],
+            "--comparisons must be an int ≥ 1",
+        ),
+        (["--plan", "st", "--difference", "1", "--difference", "2"], "test_acc has two"),
+        (["damaged"], "is no plan; remove it to make it again"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -386,6 +422,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ) -> None:
     session(Path("st"), "obn", 0, 0.9)
     Path("void").mkdir()
+    session(Path("damaged"), "obn", 0, 0.9)
+    Path("damaged/plan-0.json").write_text("{}")
     for name, text in FILES.items():
         Path(name).write_text(text)
     for name in ("ok.csv", "ok2.csv"):
@@ -395,3 +433,88 @@ def test_bad_input_is_one_line_and_exit_code_2(
     said = capsys.readouterr().err
     assert ended.value.code == 2, said
     assert line in said and said.count("\n") == 1 and said.startswith("normbench stats: ")
+
+
+def test_looks_that_were_kept_cannot_be_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two_arms(Path("st"), sessions=10, shift=0.0016)
+    arms = [{"setting": f"{arm}-hash", "arm": arm, "config_hash": "", "choices": {}, "values": {"out": "."}}
+            for arm in ("obn", "mbn-stride4")]  # fmt: skip
+    planned = [{"arm": a, "session": n, "seed": 0, "launch_order": 0} for n in range(30) for a in (0, 1)]
+    Path("st/plan-0.json").write_text(json.dumps({"study": "st", "arms": arms, "sessions": planned}))
+    plan = Plan.newest(Path("st"))
+    assert plan is not None
+    Looks(30, (5, 10)).write(plan.path.with_name(plan.path.name.replace("plan", "looks")))
+    for more in ([], ["--all"]):
+        run(monkeypatch, "st", "--metric", "test_acc", *more)
+        (row,) = comparisons(Path("st"))
+        assert (row["looks"], row["verdict"]) == ("5, 10 of 30", "inconclusive")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "st", "--look-every", "10", "--planned", "10")
+    assert "was looked at after 5, 10 of 30 sessions" in capsys.readouterr().err
+
+
+def test_diverged_sessions_reach_no_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    for n in range(10):
+        session(Path("st"), "obn", n, 0.9)
+        curve(Path("st"), "obn", n, [0.5, 0.6, 0.7, 0.85, 0.9 - n / 1000])
+        cut = n < 6
+        session(Path("st"), "nn", n, 0.1 if cut else 0.9, status="diverged" if cut else "ok")
+        curve(Path("st"), "nn", n, [0.5] if cut else [0.5, 0.6, 0.85, 0.9, 0.9 - n / 1000])
+    run(monkeypatch, "st", "--metric", "epochs_to_acc=0.8", "--metric", "auc_acc")
+    reach, auc = comparisons(Path("st"))
+    assert number(reach, "mean_baseline") == 4.0 and number(reach, "mean_treatment") == pytest.approx(4.2)
+    assert (
+        reach["verdict"] == "inconclusive"
+        and "6 of 10 against 0 of 10 sessions never got there" in reach["reason"]
+    )
+    assert number(auc, "mean_treatment") < 0.4 < number(auc, "mean_baseline")
+
+
+def test_studies_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    for study in ("one", "two"):
+        for n in range(3):
+            session(Path(study), "obn", n, 0.9 + n / 100)
+            session(Path(study), "mbn", n, 0.9 + n / 50)
+        run(monkeypatch, study)
+    head, *lines = Path("one/results.csv").read_text().splitlines()
+    Path("both.csv").write_text(
+        "\n".join([head, *lines, *Path("two/results.csv").read_text().splitlines()[1:]]) + "\n"
+    )
+    run(monkeypatch, "both.csv", "--by", "study", "--metric", "test_acc")
+    assert [r["study"] for r in comparisons()] == ["one", "two"]
+
+
+def test_a_pipe_that_closes_early_loses_nothing(tmp_path: Path) -> None:
+    two_arms(tmp_path / "st")
+    command = f"{sys.executable} -m normbench.stats st | head -1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "st" / "comparisons.csv").is_file()
+
+
+@pytest.mark.slow
+def test_a_million_rows_fit(tmp_path: Path) -> None:
+    arms, sessions = 40, 25_000
+    rng = np.random.default_rng(0)
+    shared = rng.normal(0.9, 0.002, sessions)
+    with (tmp_path / "big.csv").open("w") as file:
+        file.write("arm,session,seed,model,dataset,batch_size,status,test_acc,epoch_time_s\n")
+        for arm in range(arms):
+            acc, time = shared + rng.normal(0, 0.001, sessions), rng.normal(11, 0.1, sessions)
+            file.writelines(
+                f"norm{arm},{n},0,resnet9,cifar10,512,ok,{acc[n]:.6f},{time[n]:.6f}\n"
+                for n in range(sessions)
+            )
+    command = "import resource, runpy, sys; sys.argv = ['stats', 'big.csv']; "
+    command += "runpy.run_module('normbench.stats', run_name='__main__'); "
+    command += "print('MiB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    done = subprocess.run(
+        [sys.executable, "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "1,000,000 of 1,000,000 sessions" in done.stdout
+    assert int(done.stdout.rpartition("MiB ")[2]) < 2048
+    assert len(comparisons(tmp_path)) == 78

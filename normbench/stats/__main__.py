@@ -6,7 +6,9 @@ python -m normbench.stats --plan --sd 0.0018 --difference 0.001
 """
 
 import argparse
+import io
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +57,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="METRIC=X",
         help="equivalent within ±X, or ±X%% of the baseline's mean; repeatable",
     )
-    add("--alpha", type=float, default=0.05, help="error rate of the whole command (default: 0.05)")
+    add(
+        "--alpha",
+        type=float,
+        default=0.05,
+        help="error rate of all findings of one kind: differences, equivalences (default: 0.05)",
+    )
     add("--power", type=float, default=0.8, help="for what could be found and is needed (default: 0.8)")
     add(
         "--by",
@@ -115,21 +122,30 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """The door."""
     arguments = parser().parse_args()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without ± still gets its table
     with one_line_errors("stats"):
         check(arguments)
-        if arguments.plan is None:
-            report(arguments)
-        else:
-            plan(arguments)
+        try:
+            (report if arguments.plan is None else plan)(arguments)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader, like `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse what is out of range or does not go together."""
     for name, value in (("--alpha", arguments.alpha), ("--power", arguments.power)):
-        if not 0 < value < 1:
+        if not 1e-6 <= value <= 0.999:
             raise Refused(f"{name} must lie between 0 and 1, got {value:g}")
+    if arguments.power <= arguments.alpha:
+        raise Refused(f"--power={arguments.power:g} must lie above --alpha={arguments.alpha:g}")
+    if arguments.seed < 0:
+        raise Refused(f"--seed must be an int ≥ 0, got {arguments.seed}")
     for name, number in (("--look-every", arguments.look_every), ("--planned", arguments.planned),
-                         ("--test-images", arguments.test_images)):  # fmt: skip
+                         ("--test-images", arguments.test_images),
+                         ("--comparisons", arguments.comparisons)):  # fmt: skip
         if number is not None and number < 1:
             raise Refused(f"{name} must be an int ≥ 1, got {number}")
     if (arguments.look_every is None) != (arguments.planned is None):
@@ -138,8 +154,21 @@ def check(arguments: argparse.Namespace) -> None:
         for name in ("sd", "difference", "correlation", "comparisons"):
             if getattr(arguments, name) is not None:
                 raise Refused(f"--{name} belongs to planning; add --plan")
-    elif arguments.inputs:
+    else:
+        check_plan(arguments)
+
+
+def check_plan(arguments: argparse.Namespace) -> None:
+    """Refuse what a plan would not use."""
+    if arguments.inputs:
         raise Refused(f"--plan takes one pilot; {' '.join(arguments.inputs)} would not be read")
+    useless = ["metric", "test_images", "look_every", "out", "figures", "json"]
+    useless += [] if arguments.plan else ["baseline", "by", "all"]
+    for name in useless:
+        if getattr(arguments, name):
+            raise Refused(f"--{name.replace('_', '-')} does nothing with --plan; leave it out")
+    if arguments.format != "text":
+        raise Refused("--format does nothing with --plan; leave it out")
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -157,6 +186,11 @@ def report(arguments: argparse.Namespace) -> None:
     sessions = read(inputs, asked, by, arguments.all)
     metrics = choose_metrics(sessions, asked)
     looks = sessions.looks
+    if arguments.look_every and looks:
+        seen = f"{', '.join(map(str, looks.at))} of {looks.planned}"
+        raise Refused(
+            f"{inputs[0]} was looked at after {seen} sessions, which counts; leave --look-every out"
+        )
     if arguments.look_every:
         most = int(sessions.rows["key"].value_counts().max())
         looks = Looks.every(arguments.look_every, arguments.planned, most)
@@ -170,23 +204,22 @@ def report(arguments: argparse.Namespace) -> None:
     )
     analysis = analyse(sessions, metrics, options, arguments.baseline, by)
     where = " ".join(inputs)
-    if arguments.json:
-        print(tables.json_text(analysis, where))
-    elif arguments.format == "text":
-        tables.show(analysis, where, Console() if sys.stdout.isatty() else tables.plain_console())
-    else:
-        print(
-            tables.markdown(analysis, where) if arguments.format == "md" else tables.latex(analysis, where),
-            end="",
-        )
     folder = arguments.out or sessions.folder or Path()
     written = [tables.write(analysis, folder)]
     if arguments.figures:
         from normbench.stats.figures import draw
 
         written += draw(analysis, folder)
-    if not arguments.json and arguments.format == "text":
-        print("\nwritten: " + ", ".join(map(str, written)))
+    if arguments.json:
+        print(tables.json_text(analysis, where))
+    elif arguments.format == "md":
+        print(tables.markdown(analysis, where), end="")
+    elif arguments.format == "latex":
+        print(tables.latex(analysis, where), end="")
+    else:
+        console = Console() if sys.stdout.isatty() else tables.plain_console()
+        print(tables.text(analysis, where, console))
+        print("written: " + ", ".join(map(str, written)))
 
 
 def margins_of(texts: Sequence[str] | None, metrics: Sequence[str]) -> dict[str, "Margin"]:
@@ -238,7 +271,12 @@ def plan_by_pilot(arguments: argparse.Namespace) -> None:
             raise Refused(f"--plan {arguments.plan}: the pilot's rows give the sd; leave --{name} out")
     if not (arguments.difference or arguments.margin):
         raise Refused("--plan needs --difference (to be found) or --margin (to be equivalent within)")
-    differences = dict(named_number("difference", text) for text in arguments.difference or [])
+    differences: dict[str, float] = {}
+    for text in arguments.difference or []:
+        name, value = named_number("difference", text)
+        if name in differences:
+            raise Refused(f"--difference {text}: {name} has two")
+        differences[name] = value
     names = [text.rpartition("=")[0] or "test_acc" for text in arguments.margin or []]
     texts = [text if "=" in text else f"test_acc={text}" for text in arguments.margin or []]
     options = Options(

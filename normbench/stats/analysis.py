@@ -1,5 +1,6 @@
 """A whole command: arms by group, comparisons against the baseline as one family, verdicts, ranking."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,11 +12,12 @@ import pandas as pd
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.oneway import anova_generic
 
-from normbench.stats.arms import Arm, pairing
+from normbench.stats.arms import Arm, Match
 from normbench.stats.comparison import Comparison, Options, compare
+from normbench.stats.estimates import no_spread
 from normbench.stats.inputs import ENDED, Sessions, labels_of
 from normbench.stats.metrics import Metric
-from normbench.stats.primary import choose_test, flat
+from normbench.stats.primary import Primary
 from normbench.stats.series import Floats, effective_n, spread_of
 from normbench.stats.verdicts import DIFFERENT, FEWEST, FEWEST_EFFECTIVE, decide
 from normbench.values import Refused, nearest
@@ -102,20 +104,17 @@ def analyse(
         if (arms := arms_of(sessions, rows))
     ]
     pairs = [(group, b, t, control) for group in groups for b, t, control in pairs_of(group)]
-    family = max(1, len(pairs) * len(metrics))
+    tests = [(*pair, metric) for pair in pairs for metric in metrics]
+    able = [not Match.of(group.arms[b], group.arms[t], m).obstacle() for group, b, t, _, m in tests]
     comparisons = []
-    for group, b, t, control in pairs:
-        for metric in metrics:
-            made = compare(group.arms[b], group.arms[t], metric, options, family, control)
-            made.group = group.name
-            comparisons.append(made)
+    for group, b, t, control, metric in tests:
+        made = compare(group.arms[b], group.arms[t], metric, options, max(1, sum(able)), control)
+        made.group = group.name
+        comparisons.append(made)
     correct(comparisons)
     analysis = Analysis(sessions, metrics, options, groups, comparisons)
     judge(analysis)
-    for group in groups:
-        if len(group.arms) > 2:
-            for metric in metrics:
-                rank(group, metric, options)
+    rank(analysis)
     return analysis
 
 
@@ -142,6 +141,12 @@ def arms_of(sessions: Sessions, rows: pd.DataFrame) -> dict[str, Arm]:
     )
     places = int(place.max()) + 1
     labels = labels_of(rows)
+    twice = {label for label in labels.values() if list(labels.values()).count(label) > 1}
+    if twice:
+        name = min(twice)
+        raise Refused(
+            f"two arms are called {name!r}; give files other names, or compare within each study: --by study"
+        )
     positions = rows.groupby(rows["key"].astype(str), sort=False, observed=True).indices
     most = max(len(at) for at in positions.values())
     arms = {}
@@ -193,13 +198,25 @@ def controls_of(labels: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def correct(comparisons: Sequence[Comparison]) -> None:
-    """Holm's correction: over all tests of a difference, and over all tests of a margin."""
+    """Holm's correction: over all tests of a difference, all of a margin, all of rates of divergence."""
     for plain, corrected in (("p", "p_holm"), ("tost_p", "tost_p_holm")):
         tested = [c for c in comparisons if not math.isnan(getattr(c, plain))]
-        if tested:
-            adjusted = multipletests([getattr(c, plain) for c in tested], method="holm")[1]
-            for c, p in zip(tested, adjusted, strict=True):
-                setattr(c, corrected, float(p))
+        for c, p in zip(tested, holm([getattr(c, plain) for c in tested]), strict=True):
+            setattr(c, corrected, p)
+    rates = {pair_of(c): c.fisher_p for c in comparisons if not math.isnan(c.fisher_p)}
+    adjusted = dict(zip(rates, holm(list(rates.values())), strict=True))
+    for c in comparisons:
+        c.fisher_holm = adjusted.get(pair_of(c), math.nan)
+
+
+def pair_of(c: Comparison) -> tuple[str, str, str]:
+    """Which arms are compared, whatever the metric."""
+    return str(c.group), c.baseline, c.treatment
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p values corrected for their number."""
+    return [float(p) for p in multipletests(ps, method="holm")[1]] if ps else []
 
 
 def judge(analysis: Analysis) -> None:
@@ -215,27 +232,43 @@ def judge(analysis: Analysis) -> None:
             c.reason += f"; distrust this: one op under two names differs ({names})"
 
 
-def rank(group: Group, metric: Metric, options: Options) -> None:
-    """The omnibus test and the ranking of one metric, over arms with enough sessions."""
-    if metric.is_until:
+def rank(analysis: Analysis) -> None:
+    """Omnibus tests and rankings, where every arm can be compared with every other and nobody looked early.
+
+    Pairs are judged by the comparisons' own test, with Holm's correction over all pairs of all rankings.
+    """
+    if analysis.options.looks:
         return
-    values = {label: x for label, arm in group.arms.items() if (x := arm.values(metric.name)).size >= FEWEST}
-    if len(values) < 3:
-        return
-    omnibus = welch_anova(list(values.values()), metric.is_time)
-    if omnibus:
-        group.omnibus[metric.name] = omnibus
-    order = sorted(values, key=lambda label: -metric.better * float(values[label].mean()))
-    told_apart = differing_pairs([group.arms[label] for label in order], metric, options)
-    letters = share_letters(len(order), told_apart)
-    group.ranking[metric.name] = [
-        Ranked(label, float(values[label].mean()), letters[i]) for i, label in enumerate(order)
-    ]
+    rankings: list[tuple[Group, Metric, dict[str, float], dict[tuple[int, int], float]]] = []
+    for group in analysis.groups:
+        for metric in analysis.metrics:
+            values = {label: arm.values(metric.name) for label, arm in group.arms.items()}
+            if len(values) < 3 or metric.is_until or not all(x.size for x in values.values()):
+                continue
+            means = {label: float(x.mean()) for label, x in values.items()}
+            order = sorted(means, key=means.__getitem__, reverse=metric.better > 0)
+            best_first = {label: means[label] for label in order}
+            arms = [group.arms[label] for label in best_first]
+            pairs = itertools.combinations(range(len(arms)), 2)
+            matches = {(i, j): Match.of(arms[i], arms[j], metric) for i, j in pairs}
+            if any(match.obstacle() for match in matches.values()):
+                continue
+            if omnibus := welch_anova(list(values.values()), metric.is_time):
+                group.omnibus[metric.name] = omnibus
+            ps = {pair: Primary.of(match).p for pair, match in matches.items()}
+            rankings.append((group, metric, best_first, ps))
+    adjusted = iter(holm([p for *_, ps in rankings for p in ps.values()]))
+    for group, metric, best_first, ps in rankings:
+        apart = {pair for pair in ps if next(adjusted) < analysis.options.alpha}
+        letters = share_letters(len(best_first), apart)
+        group.ranking[metric.name] = [
+            Ranked(label, mean, letters[i]) for i, (label, mean) in enumerate(best_first.items())
+        ]
 
 
 def welch_anova(arms: Sequence[Floats], is_time: bool) -> Omnibus | None:
     """Welch's ANOVA, for times with effective sessions; None where an arm has no spread or too few."""
-    if any(flat(x) for x in arms):
+    if any(x.size < FEWEST or no_spread([x], float(np.abs(x).max())) for x in arms):
         return None
     n = [float(effective_n(x)) if is_time else float(x.size) for x in arms]
     if is_time and min(n) < FEWEST_EFFECTIVE:
@@ -250,39 +283,21 @@ def welch_anova(arms: Sequence[Floats], is_time: bool) -> Omnibus | None:
     return Omnibus(float(result.statistic), float(result.df[0]), float(result.df[1]), float(result.pvalue))
 
 
-def differing_pairs(arms: Sequence[Arm], metric: Metric, options: Options) -> set[tuple[int, int]]:
-    """Which pairs of arms differ, by the comparisons' own test and Holm's correction over all pairs."""
-    pairs, ps = [], []
-    for i, one in enumerate(arms):
-        for j in range(i + 1, len(arms)):
-            is_paired, _ = pairing(one, arms[j], metric)
-            x, y = one.by_place(metric.name), arms[j].by_place(metric.name)
-            both = ~np.isnan(x) & ~np.isnan(y)
-            x, y = (x[both], y[both]) if is_paired else (one.values(metric.name), arms[j].values(metric.name))
-            if flat(y - x) if is_paired else flat(x) and flat(y):
-                continue
-            test, _ = choose_test(is_paired, metric.is_time)
-            pairs.append((i, j))
-            ps.append(float(test(x, y).p))
-    if not ps:
-        return set()
-    rejected = multipletests(ps, alpha=options.alpha, method="holm")[0]
-    return {pair for pair, reject in zip(pairs, rejected, strict=True) if reject}
+def share_letters(n: int, apart: set[tuple[int, int]]) -> list[str]:
+    """Letters for n ranked arms: two arms share one exactly when they are not told apart.
 
-
-def share_letters(n: int, told_apart: set[tuple[int, int]]) -> list[str]:
-    """Letters along a ranking: one for each longest run of arms of which no two are told apart."""
-    runs: list[tuple[int, int]] = []
-    for start in range(n):
-        end = start
-        while end + 1 < n and not any((k, end + 1) in told_apart for k in range(start, end + 1)):
-            end += 1
-        if not runs or end > runs[-1][1]:
-            runs.append((start, end))
+    Insert and absorb (Piepho 2004): begin with one column of all arms, split it at every pair told apart, and
+    drop columns that others hold.
+    """
+    columns = [frozenset(range(n))]
+    for i, j in sorted(apart):
+        split = [part for c in columns for part in ((c - {i}, c - {j}) if {i, j} <= c else (c,))]
+        unique = list(dict.fromkeys(split))
+        columns = [c for c in unique if not any(c < other for other in unique)]
     letters = [""] * n
-    for i, (start, end) in enumerate(runs):
-        for k in range(start, end + 1):
-            letters[k] += chr(ord("a") + i) if i < 26 else f"({i + 1})"
+    for number, column in enumerate(sorted(columns, key=sorted)):
+        for k in column:
+            letters[k] += chr(ord("a") + number) if number < 26 else f"({number + 1})"
     return letters
 
 

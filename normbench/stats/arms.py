@@ -1,24 +1,23 @@
-"""An arm's sessions in order, and whether two arms can be compared at all, and in pairs."""
+"""An arm's sessions in order, and which sessions of two arms are compared, if they can be at all."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from normbench.stats.estimates import no_spread
+from normbench.stats.inputs import ENDED
 from normbench.stats.metrics import Metric
 from normbench.stats.series import Floats
 from normbench.stats.survival import Reached
 from normbench.stats.verdicts import FEWEST, FEWEST_TIMES
 
-SAME_NUMBERS = (
-    "model",
-    "dataset",
-    "batch_size",
-)  # with equal seed and session: equal weights, batches, augmentation
+# with equal seed and session: equal weights, batches and augmentation
+SAME_NUMBERS = ("model", "dataset", "batch_size")
 SAME_MACHINE = ("device_name", "precision", "torch_version", "pack", "threads", "slots")
 
 
@@ -35,16 +34,24 @@ class Arm:
     images: Mapping[str, int] = field(default_factory=dict)
     _known: dict[str, list[Any]] = field(default_factory=dict, repr=False)
 
-    def values(self, metric: str) -> Floats:
-        """The metric's values, in order, without missing ones."""
+    def values(self, metric: str, places: int | None = None) -> Floats:
+        """The metric's values, in order, without missing ones; of the first `places` places."""
         column = self.rows[metric].to_numpy(float)
-        return np.asarray(column[~np.isnan(column)])
+        kept = ~np.isnan(column) & (True if places is None else self.place < places)
+        return np.asarray(column[kept])
 
     def by_place(self, metric: str) -> Floats:
         """The metric of every session that any arm of the group has; NaN where this arm has none."""
         values = np.full(self.places, np.nan)
         values[self.place] = self.rows[metric].to_numpy(float)
         return values
+
+    def texts_by_place(self, column: str) -> NDArray[np.object_]:
+        """A column of names by place, None where it is not known."""
+        texts = np.full(self.places, None, dtype=object)
+        values = self.rows[column].astype(object)
+        texts[self.place] = values.where(values.notna(), None).to_numpy()
+        return texts
 
     def known(self, column: str) -> list[Any]:
         """The different values that a column is known to have."""
@@ -56,94 +63,142 @@ class Arm:
     @cached_property
     def numbered(self) -> bool:
         """Whether every session says its seed and number."""
-        return {"seed", "session"} <= set(self.rows) and not self.rows[["seed", "session"]].isna().any(
-            axis=None
-        )
+        columns = ["seed", "session"]
+        return set(columns) <= set(self.rows) and not self.rows[columns].isna().any(axis=None)
 
     @cached_property
-    def hosts(self) -> NDArray[np.object_]:
-        """The host of every place, None where it is not known."""
-        hosts = np.full(self.places, None, dtype=object)
-        if "hostname" in self.rows:
-            names = self.rows["hostname"].astype(object)
-            hosts[self.place] = names.where(names.notna(), None).to_numpy()
-        return hosts
+    def ended(self) -> NDArray[np.bool_]:
+        """Whether each session ended with a result."""
+        if "status" not in self.rows:
+            return np.ones(len(self.rows), bool)
+        return self.rows["status"].isin(ENDED).to_numpy(bool)
 
     def count(self, status: str) -> int:
         """Sessions that ended so."""
-        return (
-            int((self.rows["status"] == status).sum())
-            if "status" in self.rows
-            else len(self.rows) * (status == "ok")
-        )
+        return int((self.rows["status"] == status).sum()) if "status" in self.rows else 0
+
+    def unmeasured(self, metric: str) -> int:
+        """Sessions that ended without a value of the metric."""
+        return int((self.rows[metric].isna().to_numpy() & self.ended).sum())
 
     def repeats_random_numbers_of(self, other: "Arm") -> bool:
         """Whether equal (seed, session) means equal random numbers: by the rows, never assumed."""
-        same = all(self.known(column) == other.known(column) for column in SAME_NUMBERS)
-        return self.numbered and other.numbered and same
+        if not (self.numbered and other.numbered):
+            return False
+        return all(self.known(c) and self.known(c) == other.known(c) for c in SAME_NUMBERS)
 
 
-def pairing(b: Arm, t: Arm, metric: Metric) -> tuple[bool, str]:
-    """Whether sessions are compared in pairs, and a word where some have no partner."""
-    if not t.repeats_random_numbers_of(b):
-        return False, ""
-    x, y = b.by_place(metric.name), t.by_place(metric.name)
-    both = ~np.isnan(x) & ~np.isnan(y)
-    whole = int(min((~np.isnan(x)).sum(), (~np.isnan(y)).sum()))
-    most = int(max((~np.isnan(x)).sum(), (~np.isnan(y)).sum()))
-    if both.sum() < max(FEWEST, whole / 2):
-        return False, ""
-    if metric.is_time and not same_hosts(b, t, both):
-        return False, "pairs ran on different hosts, so each arm's own series decides"
-    return True, "" if both.sum() == most else f"by the {both.sum()} sessions that both arms have"
+@dataclass(frozen=True)
+class Match:
+    """Which sessions of two arms are compared in one metric: in pairs, or each arm by itself."""
+
+    b: Arm
+    t: Arm
+    metric: Metric
+    is_paired: bool
+    note: str
+
+    @classmethod
+    def of(cls, b: Arm, t: Arm, metric: Metric) -> "Match":
+        """Pairs where sessions share random numbers and at least half of the smaller arm has a partner."""
+        made = partial(cls, b, t, metric)
+        if not t.repeats_random_numbers_of(b):
+            return made(False, "")
+        x, y = ~np.isnan(b.by_place(metric.name)), ~np.isnan(t.by_place(metric.name))
+        common = int((x & y).sum())
+        if common < max(FEWEST, min(x.sum(), y.sum()) / 2):
+            return made(False, "")
+        if metric.is_time and differing(b, t, "hostname", x & y):
+            return made(False, "pairs ran on different hosts, so each arm's own series decides")
+        whole = common == max(x.sum(), y.sum())
+        return made(True, "" if whole else f"by the {common} sessions that both arms have")
+
+    @cached_property
+    def both(self) -> NDArray[np.bool_]:
+        """The places where both arms have a value."""
+        x, y = self.b.by_place(self.metric.name), self.t.by_place(self.metric.name)
+        return np.asarray(~np.isnan(x) & ~np.isnan(y))
+
+    @property
+    def last_place(self) -> int:
+        """How many places the shorter arm has gone through, whatever became of its sessions."""
+        return int(min(self.b.place.max(), self.t.place.max())) + 1
+
+    def sides(self, places: int | None = None) -> tuple[Floats, Floats]:
+        """The baseline's and the treatment's values, up to so many places."""
+        name = self.metric.name
+        if not self.is_paired:
+            return self.b.values(name, places), self.t.values(name, places)
+        kept = self.both[:places]
+        return self.b.by_place(name)[:places][kept], self.t.by_place(name)[:places][kept]
+
+    def reached(self, places: int | None = None) -> tuple[Reached, Reached]:
+        """When each session reached the target, and whether it did."""
+        sides = []
+        for arm, time in zip((self.b, self.t), self.sides(places), strict=True):
+            there = arm.rows[f"{self.metric.name} reached"].to_numpy(bool)
+            if self.is_paired:
+                by_place = np.zeros(arm.places, bool)
+                by_place[arm.place] = there
+                there = by_place[:places][self.both[:places]]
+            else:
+                kept = ~arm.rows[self.metric.name].isna().to_numpy()
+                there = there[kept & (True if places is None else arm.place < places)]
+            sides.append(Reached(time, there))
+        return sides[0], sides[1]
+
+    def obstacle(self) -> str:
+        """Why the arms cannot be compared at all; empty where they can."""
+        for column in ("dataset", *(SAME_MACHINE if self.metric.is_time else ())):
+            one, other = self.b.known(column), self.t.known(column)
+            if not (one and other):
+                continue
+            if one != other:
+                cure = "; use --by dataset" if column == "dataset" else ""
+                return f"{column} differs: {listed(other)} against {listed(one)}{cure}"
+            if len(one) > 1 and (not self.is_paired or differing(self.b, self.t, column, self.both)):
+                return f"{column} varies within the arms: {listed(one)}"
+        return self.too_few()
+
+    def too_few(self) -> str:
+        """Why so many sessions say nothing; empty where they do."""
+        x, y = self.sides()
+        n = min(x.size, y.size)
+        if n < FEWEST:
+            return f"too few sessions: {y.size} against {x.size}, {FEWEST} an arm needed"
+        if not self.metric.is_time:
+            return ""
+        if n < FEWEST_TIMES:
+            return f"too few sessions: {n} times cannot show how alike they are, {FEWEST_TIMES} needed"
+        size = max(float(np.abs(x).max()), float(np.abs(y).max()))
+        if no_spread([y - x] if self.is_paired else [x, y], size):
+            return "no spread: times that never differ cannot show how alike they are"
+        return ""
+
+    def caution(self) -> str:
+        """What else could make times differ: each arm on hosts of its own, or one after the other."""
+        if not self.metric.is_time or self.is_paired:
+            return ""
+        one, other = set(self.b.known("hostname")), set(self.t.known("hostname"))
+        words = ["each arm ran on hosts of its own"] if one and other and not one & other else []
+        for column in ("started_at", "launch_order"):
+            if column in self.b.rows and self.b.known(column) and self.t.known(column):
+                first, second = self.b.rows[column], self.t.rows[column]
+                if first.max() < second.min() or second.max() < first.min():
+                    words.append("the arms ran one after the other, so a drift between them looks the same")
+                break
+        return "; ".join(words)
 
 
-def same_hosts(b: Arm, t: Arm, both: NDArray[np.bool_]) -> bool:
-    """Whether the two sessions of each pair ran on one host, as far as is known."""
-    if b.known("hostname") == t.known("hostname") and len(b.known("hostname")) <= 1:
-        return True
-    return bool(np.all(b.hosts[both] == t.hosts[both]))
-
-
-def obstacle(b: Arm, t: Arm, metric: Metric, is_paired: bool) -> str:
-    """Why the arms cannot be compared at all; empty where they can."""
-    for column in ("dataset", *(SAME_MACHINE if metric.is_time else ())):
-        one, other = b.known(column), t.known(column)
-        if one and other and one != other:
-            cure = "; use --by dataset" if column == "dataset" else ""
-            return f"{column} differs: {listed(other)} against {listed(one)}{cure}"
-        if len(one) > 1 and column != "dataset" and not is_paired:
-            return f"{column} varies within the arms: {listed(one)}"
-    return ""
+def differing(b: Arm, t: Arm, column: str, both: NDArray[np.bool_]) -> bool:
+    """Whether a column is known to differ between the sessions of some pair."""
+    one, other = b.known(column), t.known(column)
+    if not (one and other) or (one == other and len(one) == 1):
+        return False
+    x, y = b.texts_by_place(column)[both], t.texts_by_place(column)[both]
+    return any(p is not None and q is not None and p != q for p, q in zip(x, y, strict=True))
 
 
 def listed(values: Sequence[Any]) -> str:
     """Values on one line, whole numbers without a point."""
     return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
-
-
-def too_few(metric: Metric, x: Floats, y: Floats) -> str:
-    """Why so many sessions say nothing; empty where they do."""
-    n = min(x.size, y.size)
-    if n < FEWEST:
-        return f"too few sessions: {y.size} against {x.size}, {FEWEST} an arm needed"
-    if metric.is_time and n < FEWEST_TIMES:
-        return (
-            f"too few sessions: {n} times cannot show how much they repeat themselves, {FEWEST_TIMES} needed"
-        )
-    return ""
-
-
-def reached_by(arms: Sequence[Arm], metric: Metric, places: NDArray[np.bool_] | None) -> list[Reached]:
-    """When each session reached the target, if it did: in order, or by place where compared in pairs."""
-    sides = []
-    for arm in arms:
-        time = arm.rows[metric.name].to_numpy(float)
-        reached = arm.rows[f"{metric.name} reached"].to_numpy(bool)
-        known = ~np.isnan(time)
-        if places is not None:
-            time, there = arm.by_place(metric.name), np.zeros(arm.places, bool)
-            there[arm.place] = reached
-            reached, known = there, places
-        sides.append(Reached(time[known], reached[known]))
-    return sides

@@ -1,7 +1,7 @@
 """One arm against another in one metric: every number of a row of comparisons.csv."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,12 +9,12 @@ import numpy as np
 from scipy import stats as scipy_stats
 
 from normbench.stats import estimates, survival
-from normbench.stats.arms import Arm, obstacle, pairing, reached_by, too_few
-from normbench.stats.estimates import Estimate
+from normbench.stats.arms import Arm, Match
+from normbench.stats.estimates import Estimate, no_spread
 from normbench.stats.metrics import Metric
 from normbench.stats.planning import sessions_for_difference, sessions_for_equivalence
-from normbench.stats.primary import Primary, choose_test, flat
-from normbench.stats.sequential import Looks, sequential_p
+from normbench.stats.primary import Primary, choose_test
+from normbench.stats.sequential import Looks, levels, sequential_p
 from normbench.stats.series import Floats, drift, effective_n, lag1
 from normbench.stats.verdicts import FEWEST, FEWEST_EFFECTIVE, FEWEST_TIMES
 from normbench.values import Refused
@@ -41,8 +41,12 @@ class Margin:
         return cls(number / 100, True) if text.endswith("%") else cls(number)
 
     def beside(self, baseline_mean: float) -> float:
-        """The margin in the metric's unit."""
-        return abs(baseline_mean) * self.amount if self.relative else self.amount
+        """The margin in the metric's unit; Refused where a part of nothing leaves none."""
+        if not self.relative:
+            return self.amount
+        if baseline_mean == 0:
+            raise Refused(f"a margin of {self.amount:.3g} of the baseline's mean, which is 0; give an amount")
+        return abs(baseline_mean) * self.amount
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ class Comparison:
     unmeasured: int = field(default=0, metadata={"inside": True})
     pairs: int = field(default=0, metadata={"inside": True})
     repeats: str = field(default="", metadata={"inside": True})
+    fisher_holm: float = field(default=NAN, metadata={"inside": True})
     group: Mapping[str, Any] = field(default_factory=dict, metadata={"inside": True})
     estimate: Estimate | None = field(default=None, metadata={"inside": True})
 
@@ -127,68 +132,54 @@ def compare(
 ) -> Comparison:
     """Everything but Holm's correction and the verdict; `family` is the number of tests the command makes."""
     c = Comparison(metric.name, b.label, t.label, control=control)
-    x, y = b.values(metric.name), t.values(metric.name)
-    count_sessions(c, b, t, x, y)
-    describe(c, b, t, x, y, metric, options)
-    is_paired, c.repeats = pairing(b, t, metric)
-    places = None
-    px, py = x, y
-    if is_paired:
-        places = ~np.isnan(b.by_place(metric.name)) & ~np.isnan(t.by_place(metric.name))
-        px, py = b.by_place(metric.name)[places], t.by_place(metric.name)[places]
-        c.pairs = px.size
-    c.obstacle = shut_out = obstacle(b, t, metric, is_paired) or too_few(metric, px, py)
-    if min(px.size, py.size) < FEWEST:
+    match = Match.of(b, t, metric)
+    x, y = match.sides()
+    count_sessions(c, b, t)
+    describe(c, b, t, metric, options)
+    c.pairs = x.size if match.is_paired else 0
+    c.repeats = also(match.note, match.caution())
+    c.obstacle = shut_out = match.obstacle()
+    if min(x.size, y.size) < FEWEST:
         return c
     if metric.is_until:
-        one, other = reached_by((b, t), metric, places)
-        horizon = survival.horizon_of(one, other)
-        x = px = np.minimum(one.time, horizon)
-        y = py = np.minimum(other.time, horizon)
-        c.mean_baseline, c.mean_treatment = (survival.restricted_mean(a, horizon)[0] for a in (one, other))
-        c.sd_baseline = c.sd_treatment = NAN
-        c.repeats = "; ".join(filter(None, [never_reached(one, other), c.repeats]))
-        got_there = bool(one.reached.all() and other.reached.all())
-        c.identical = is_paired and got_there and np.array_equal(one.time, other.time)
-
-        def primary_at(n: int) -> Primary:
-            return Primary.until(one.first(n), other.first(n), is_paired, metric.is_time, options.seed)
+        describe_until(c, *match.reached(), match.is_paired)
     else:
-        usual_tests(c, x, y, px, py, is_paired)
-        ends = estimates.bca(px, py, is_paired, options.alpha, options.seed, options.resamples)
-        c.bca_low, c.bca_high = ends
-        c.identical = is_paired and np.array_equal(px, py) and px.size == max(x.size, y.size)
-
-        def primary_at(n: int) -> Primary:
-            return Primary.of(px[:n], py[:n], is_paired, metric.is_time)
-
-    series(c, x, y, px, py, is_paired, metric)
-    conclude(c, primary_at(max(px.size, py.size)), is_paired, metric, options, family)
+        usual_tests(c, match)
+        c.bca_low, c.bca_high = estimates.bca(
+            x, y, match.is_paired, options.alpha, options.seed, options.resamples
+        )
+        c.identical = match.is_paired and np.array_equal(x, y) and not c.unmeasured and not match.note
+    series(c, match)
+    primary = Primary.of(match, seed=options.seed)
+    conclude(c, primary, match, options, family)
     if options.looks:
-        look(c, min(px.size, py.size), metric, options.looks, primary_at)
+        look(c, match, options)
     if shut_out:
         c.p = c.tost_p = NAN
     return c
 
 
-def conclude(
-    c: Comparison, primary: Primary, is_paired: bool, metric: Metric, options: Options, family: int
-) -> None:
+def also(*words: str) -> str:
+    """What there is to say, on one line."""
+    return "; ".join(filter(None, words))
+
+
+def conclude(c: Comparison, primary: Primary, match: Match, options: Options, family: int) -> None:
     """What the primary test says, what it could have found, and how many sessions would settle it."""
     estimate = primary.estimate
     c.estimate, c.test, c.p, c.diff = estimate, primary.name, primary.p, float(estimate.diff)
-    if metric.name in options.margins:
-        c.margin = options.margins[metric.name].beside(c.mean_baseline)
+    if c.metric in options.margins:
+        c.margin = options.margins[c.metric].beside(c.mean_baseline)
         c.tost_p = primary.tost(c.margin)
     if primary.flat:
         return
     c.ci_low, c.ci_high = (float(end) for end in estimate.interval(options.alpha))
-    c.min_detectable = estimate.detectable(options.alpha, options.power)
+    alpha, is_paired = options.alpha / family, match.is_paired
+    c.min_detectable = estimate.detectable(alpha, options.power)
     n = c.pairs if is_paired else min(c.n_baseline, c.n_treatment)
     spread = float(estimate.se) * math.sqrt(
         n if is_paired else n / 2
     )  # of sessions worth what these are worth
-    alpha = options.alpha / family
     if c.margin == c.margin and abs(c.diff) < c.margin:
         needed = sessions_for_equivalence(spread, c.margin, alpha, options.power, is_paired)
     else:
@@ -196,43 +187,68 @@ def conclude(
     c.n_needed = math.inf if needed is None else max(needed, n + 1)
 
 
-def look(
-    c: Comparison, sessions: int, metric: Metric, looks: Looks, primary_at: Callable[[int], Primary]
-) -> None:
-    """Replace p and tost_p by those that hold over all looks so far, each on the sessions it saw."""
-    seen = looks.up_to(sessions)
-    fewest = FEWEST_TIMES if metric.is_time else FEWEST
-    primaries = [primary_at(n) if n >= fewest else None for n in seen.at]
+def look(c: Comparison, match: Match, options: Options) -> None:
+    """Replace p, tost_p and the interval by those that hold over all looks so far.
+
+    A look after n sessions sees the first n places, whatever became of their sessions.
+    """
+    assert options.looks is not None
+    seen = options.looks.up_to(match.last_place)
+    fewest = FEWEST_TIMES if match.metric.is_time else FEWEST
+    primaries = [
+        Primary.of(match, n, options.seed) if min(side.size for side in match.sides(n)) >= fewest else None
+        for n in seen.at
+    ]
     c.p = sequential_p([primary.p if primary else 1.0 for primary in primaries], seen.fractions)
     if c.margin == c.margin:
         tosts = [primary.tost(c.margin) if primary else 1.0 for primary in primaries]
         c.tost_p = sequential_p(tosts, seen.fractions, two_sided=False)
-    c.looks = f"{', '.join(map(str, seen.at)) or 'none yet'} of {looks.planned}"
+    c.looks = f"{', '.join(map(str, seen.at)) or 'none yet'} of {options.looks.planned}"
+    c.ci_low = c.ci_high = NAN
+    if primaries and (last := primaries[-1]) and not last.flat:
+        level = levels(options.alpha, seen.fractions)[-1]
+        c.ci_low, c.ci_high = (float(end) for end in last.estimate.interval(level))
 
 
-def count_sessions(c: Comparison, b: Arm, t: Arm, x: Floats, y: Floats) -> None:
+def count_sessions(c: Comparison, b: Arm, t: Arm) -> None:
     """How many there are, how many diverged, and whether the rates of divergence differ."""
-    c.n_baseline, c.n_treatment, c.n_expected = x.size, y.size, t.expected
+    c.n_baseline, c.n_treatment = b.values(c.metric).size, t.values(c.metric).size
+    c.n_expected = t.expected
     c.diverged_baseline, c.diverged_treatment = b.count("diverged"), t.count("diverged")
-    ended = [arm.count("ok") + arm.count("diverged") for arm in (b, t)]
-    c.unmeasured = sum(ended) - x.size - y.size
+    c.unmeasured = b.unmeasured(c.metric) + t.unmeasured(c.metric)
+    ended = [int(arm.ended.sum()) for arm in (b, t)]
     if min(ended) > 0:
-        counts = [[c.diverged_baseline, ended[0] - c.diverged_baseline],
-                  [c.diverged_treatment, ended[1] - c.diverged_treatment]]  # fmt: skip
+        counts = [
+            [c.diverged_baseline, ended[0] - c.diverged_baseline],
+            [c.diverged_treatment, ended[1] - c.diverged_treatment],
+        ]
         c.fisher_p = float(scipy_stats.fisher_exact(np.array(counts)).pvalue)
 
 
-def describe(c: Comparison, b: Arm, t: Arm, x: Floats, y: Floats, metric: Metric, options: Options) -> None:
+def describe(c: Comparison, b: Arm, t: Arm, metric: Metric, options: Options) -> None:
     """Means, sds, and what of an accuracy's spread the size of the test set alone would give."""
-    if x.size:
-        c.mean_baseline = float(x.mean())
-    if y.size:
-        c.mean_treatment = float(y.mean())
+    x, y = b.values(metric.name), t.values(metric.name)
+    c.mean_baseline, c.mean_treatment = (float(side.mean()) if side.size else NAN for side in (x, y))
     c.sd_baseline, c.sd_treatment = sd(x), sd(y)
     if metric.is_accuracy:
-        told = options.test_images if metric.part == "test" else None
-        c.binomial_se_baseline = binomial_se(c.mean_baseline, told or b.images.get(metric.part))
-        c.binomial_se_treatment = binomial_se(c.mean_treatment, told or t.images.get(metric.part))
+        c.binomial_se_baseline = binomial_se(c.mean_baseline, images_of(b, metric, options))
+        c.binomial_se_treatment = binomial_se(c.mean_treatment, images_of(t, metric, options))
+
+
+def images_of(arm: Arm, metric: Metric, options: Options) -> int | None:
+    """How many images the metric was measured on, as far as is known."""
+    told = options.test_images if metric.part == "test" else None
+    return told or arm.images.get(metric.part)
+
+
+def describe_until(c: Comparison, one: survival.Reached, other: survival.Reached, is_paired: bool) -> None:
+    """Restricted means in place of means, and a word on sessions that never got there."""
+    horizon = survival.horizon_of(one, other)
+    c.mean_baseline, c.mean_treatment = (survival.restricted_mean(a, horizon)[0] for a in (one, other))
+    c.sd_baseline = c.sd_treatment = NAN
+    got_there = bool(one.reached.all() and other.reached.all())
+    c.identical = is_paired and got_there and not c.unmeasured and np.array_equal(one.time, other.time)
+    c.repeats = also(never_reached(one, other), c.repeats)
 
 
 def sd(x: Floats) -> float:
@@ -245,32 +261,42 @@ def binomial_se(accuracy: float, images: int | None) -> float:
     return math.sqrt(max(accuracy * (1 - accuracy), 0.0) / images) if images and accuracy == accuracy else NAN
 
 
-def series(
-    c: Comparison, x: Floats, y: Floats, px: Floats, py: Floats, is_paired: bool, metric: Metric
-) -> None:
+def series(c: Comparison, match: Match) -> None:
     """What the order of the sessions says; a time worth fewer than three sessions is an obstacle."""
+    metric, is_paired = match.metric, match.is_paired
+    x, y = (arm.values(metric.name) for arm in (match.b, match.t))
+    px, py = match.sides()
+    if metric.is_until:
+        horizon = survival.horizon_of(*match.reached())
+        x, y, px, py = (np.minimum(side, horizon) for side in (x, y, px, py))
     c.lag1_baseline, c.lag1_treatment = float(lag1(x)), float(lag1(y))
     c.ess_baseline, c.ess_treatment = float(effective_n(x)), float(effective_n(y))
     drifts = {c.baseline: drift(x), c.treatment: drift(y)}
     c.drift_baseline, c.drift_treatment = (rho for rho, _ in drifts.values())
-    c.repeats = "; ".join(filter(None, [c.repeats, drift_words(drifts, metric)]))
+    c.repeats = also(c.repeats, drift_words(drifts, metric))
     if is_paired:
         c.lag1_diff, c.ess_diff = float(lag1(py - px)), float(effective_n(py - px, estimates.CAUTION))
     test, _ = choose_test(is_paired, is_time=True)
-    flat = np.ptp(py - px) == 0 if is_paired else np.ptp(px) == 0 and np.ptp(py) == 0
-    c.ess_p = NAN if flat else float(test(px, py).p)
+    size = max(float(np.abs(px).max()), float(np.abs(py).max()))
+    still = no_spread([py - px] if is_paired else [px, py], size)
+    c.ess_p = NAN if still else float(test(px, py).p)
     if not metric.is_time or c.obstacle:
         return
-    used = {"the differences": (c.lag1_diff, c.ess_diff, px.size)} if is_paired else {
+    used = {
         c.baseline: (c.lag1_baseline, c.ess_baseline, px.size),
         c.treatment: (c.lag1_treatment, c.ess_treatment, py.size),
-    }  # fmt: skip
-    words = [f"{name}: lag-1 autocorrelation {r:.2f}, {n} sessions worth {ess:.1f}"
-             for name, (r, ess, n) in used.items() if ess < 0.9 * n]  # fmt: skip
+    }
+    if is_paired:
+        used = {"the differences": (c.lag1_diff, c.ess_diff, px.size)}
+    words = [
+        f"{name}: lag-1 autocorrelation {r:.2f}, {n} sessions worth {ess:.1f}"
+        for name, (r, ess, n) in used.items()
+        if ess < 0.9 * n
+    ]
     if min(ess for _, ess, _ in used.values()) < FEWEST_EFFECTIVE:
         c.obstacle = f"too few independent times: {'; '.join(words)}, {FEWEST_EFFECTIVE:g} needed"
     else:
-        c.repeats = "; ".join(filter(None, [c.repeats, *words]))
+        c.repeats = also(c.repeats, *words)
 
 
 def drift_words(drifts: Mapping[str, tuple[float, float]], metric: Metric) -> str:
@@ -281,19 +307,22 @@ def drift_words(drifts: Mapping[str, tuple[float, float]], metric: Metric) -> st
     return f"drift with launch order (rank correlation {', '.join(found)}){ask}" if found else ""
 
 
-def usual_tests(c: Comparison, x: Floats, y: Floats, px: Floats, py: Floats, is_paired: bool) -> None:
+def usual_tests(c: Comparison, match: Match) -> None:
     """The tests a reader may look for, whatever decides; NaN where arms without spread leave none."""
-    if min(x.size, y.size) >= FEWEST and not (flat(x) and flat(y)):
+    x, y = (arm.values(c.metric) for arm in (match.b, match.t))
+    px, py = match.sides()
+    size = max(float(np.abs(x).max()), float(np.abs(y).max()))
+    if not no_spread([x, y], size):
         welch = estimates.welch(x, y)
         c.welch_t, c.welch_df, c.welch_p = float(welch.t), float(welch.df), float(welch.p)
         c.student_p = float(estimates.student(x, y).p)
         c.hedges_g = estimates.hedges_g(x, y)
-    if is_paired and not flat(py - px):
+    if match.is_paired and not no_spread([py - px], size):
         paired = estimates.paired(px, py)
         c.paired_t, c.paired_p = float(paired.t), float(paired.p)
-    if is_paired and px.size > 2 and not (flat(px) or flat(py)):
+    if match.is_paired and px.size > 2 and not (no_spread([px], size) or no_spread([py], size)):
         c.paired_r = float(np.corrcoef(px, py)[0, 1])
-    c.rank_test, c.rank_p = estimates.rank_test(px, py, is_paired)
+    c.rank_test, c.rank_p = estimates.rank_test(px, py, match.is_paired)
 
 
 def never_reached(one: survival.Reached, other: survival.Reached) -> str:

@@ -7,6 +7,7 @@ baseline.
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,9 +22,14 @@ ROUNDING = 1e-12  # of their size: values that differ by less are equal
 CAUTION = 0.5  # standard errors added to the lag-1 correlation of differences; docs/calibration.md says why
 
 
+def no_spread(sides: Sequence[Floats], size: float) -> bool:
+    """Whether no side varies by more than rounding, for values of this size."""
+    return all(float(np.ptp(side)) <= ROUNDING * size for side in sides)
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """`diff` ± `se` with `df` degrees of freedom, and the (effective) sessions behind each side."""
+    """`diff` ± `se` with `df` degrees of freedom."""
 
     diff: Floats
     se: Floats
@@ -188,12 +194,7 @@ def bca(baseline: Floats, treatment: Floats, is_paired: bool, alpha: float, seed
     sides = (treatment - baseline,) if is_paired else (treatment, baseline)
     sizes = [side.size for side in sides]
     size = max(float(np.abs(baseline).max()), float(np.abs(treatment).max()))
-    if (
-        resamples < 1
-        or min(sizes) < 3
-        or max(sizes) > 1000
-        or any(np.ptp(s) <= ROUNDING * size for s in sides)
-    ):
+    if resamples < 1 or min(sizes) < 3 or max(sizes) > 1000 or any(no_spread([side], size) for side in sides):
         return math.nan, math.nan
 
     def difference(*samples: Floats, axis: int = -1) -> Floats:

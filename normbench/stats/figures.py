@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
 from normbench.stats.analysis import Analysis, Group
-from normbench.stats.arms import Arm, pairing
+from normbench.stats.arms import Arm, Match
 from normbench.stats.comparison import Comparison
 from normbench.stats.metrics import Metric
 from normbench.stats.series import Floats, effective_n, lag1, spread_of
@@ -330,7 +330,7 @@ def draw_pairs(axes: Axes, one: Arm, other: Arm, metric: Metric, heights: Floats
     """Join the sessions of two neighbouring arms that share random numbers; whether any were."""
     x, y = one.by_place(metric.name), other.by_place(metric.name)
     both = ~np.isnan(x) & ~np.isnan(y)
-    if both.sum() > MOST_JOINED or not pairing(one, other, metric)[0]:
+    if both.sum() > MOST_JOINED or not Match.of(one, other, metric).is_paired:
         return False
     ends = np.stack([np.stack([x, heights], axis=1), np.stack([y, heights + 1], axis=1)], axis=1)[both]
     axes.add_collection(LineCollection(list(ends), colors=FAINT, linewidths=0.7, zorder=1))

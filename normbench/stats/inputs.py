@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ import pandas as pd
 from normbench.identity import short_names
 from normbench.plan import Plan
 from normbench.results import COLUMNS, rebuild, session_folders
-from normbench.stats.metrics import Metric, read_curve, unknown
+from normbench.stats.metrics import Curve, Metric, read_curve, unknown
 from normbench.stats.sequential import Looks
 from normbench.values import Refused, nearest
 
@@ -25,6 +26,9 @@ NAMES = (
 )
 NUMBERS = ("session", "seed", "batch_size", "pack", "threads", "slots", "launch_order")
 ENDED = ("ok", "diverged")
+STATUSES = (*ENDED, "failed", "interrupted")
+LARGEST = 1e100
+INTERNAL = ("key", "id", "name", "home", "started_at")
 
 
 @dataclass
@@ -135,12 +139,39 @@ def read_file(path: Path, columns: Sequence[str], by: Sequence[str], everything:
         if column not in head:
             raise Refused(f"--by {column}: {path} has no such column{nearest(column, head)}")
     rows = table(path, head, {*columns, "test_acc", "epoch_time_s", "total_time_s"}, by)
-    rows["key"] = rows["setting" if "setting" in head else "arm"].astype(str).astype("category")
-    rows["id"] = (rows["arm"] if "arm" in head else rows["key"]).astype(str).astype("category")
+    check_statuses(path, rows)
+    source = "setting" if "setting" in head else "arm"
+    if rows[source].isna().any():
+        raise Refused(f"{path}, line {first(rows[source].isna()) + 2}: {source} is empty")
+    rows["setting"] = rows[source].astype(str).astype("category")
+    rows["id"] = (rows["arm"] if "arm" in head else rows["setting"]).astype(str).astype("category")
     rows["home"] = str(path.parent)
     sessions = within_plan(Sessions(rows, folder=path.parent), path.parent, everything)
-    sessions.images = {str(key): images_of(path.parent / str(key)) for key in sessions.rows["key"].unique()}
+    rows = sessions.rows
+    study = rows["study"].astype(object).fillna("").astype(str) + "/" if "study" in head else ""
+    rows["key"] = (study + rows["setting"].astype(str)).astype("category")
+    unique = rows.drop_duplicates("key")
+    keys = dict(zip(unique["key"].astype(str), unique["setting"].astype(str), strict=True))
+    sessions.expected = {
+        key: sessions.expected[name] for key, name in keys.items() if name in sessions.expected
+    }
+    sessions.images = {key: images_of(path.parent / name) for key, name in keys.items()}
     return sessions
+
+
+def check_statuses(path: Path, rows: pd.DataFrame) -> None:
+    """Refuse a status that sessions do not have."""
+    if "status" not in rows:
+        return
+    wrong = ~rows["status"].isin(STATUSES)
+    if wrong.any():
+        at, known = first(wrong), ", ".join(STATUSES)
+        raise Refused(f"{path}, line {at + 2}: status={rows['status'].iloc[at]!r} is none of {known}")
+
+
+def first(wrong: "pd.Series[bool]") -> int:
+    """The position of the first row that is wrong."""
+    return int(np.argmax(wrong.to_numpy()))
 
 
 def header(path: Path) -> list[str]:
@@ -179,10 +210,15 @@ def as_numbers(path: Path, values: "pd.Series[float]") -> "pd.Series[float]":
         numbers = pd.to_numeric(values, errors="coerce")
         wrong = numbers.isna() & values.notna()
         if wrong.any():
-            at = int(np.argmax(wrong.to_numpy()))
+            at = first(wrong)
             raise Refused(f"{path}, line {at + 2}: {values.name}={values.iloc[at]!r} is not a number")
     floats = numbers.astype(float)
-    return floats.where(np.isfinite(floats))
+    floats = floats.where(np.isfinite(floats))
+    wrong = (floats.abs() > LARGEST) | ((floats.abs() < 1 / LARGEST) & (floats != 0))
+    if wrong.any():
+        at = first(wrong)
+        raise Refused(f"{path}, line {at + 2}: {values.name}={floats.iloc[at]:g} is out of any range")
+    return floats
 
 
 def study_rows(path: Path) -> pd.DataFrame:
@@ -230,23 +266,23 @@ def within_plan(sessions: Sessions, study: Path, everything: bool) -> Sessions:
     folder_of = {
         (plan.arms[s.arm].setting, s.seed, s.session): plan.session_folder(s).name for s in plan.sessions
     }
+    looks = plan.path.with_name(plan.path.name.replace("plan-", "looks-"))
+    if looks.is_file():
+        sessions.looks = Looks.read(looks)
     if not everything:
         keep = [
             key in folder_of
             for key in zip(rows["setting"].astype(str), rows["seed"], rows["session"], strict=True)
         ]
         rows = rows[keep].reset_index(drop=True)
-        for column in ("key", "id"):
+        for column in ("setting", "id"):
             rows[column] = rows[column].astype(str).astype("category")
         if rows.empty:
             raise Refused(
                 f"0 of {len(folder_of)} sessions under {study} have ended; train first, or give --all"
             )
-        looks = plan.path.with_name(plan.path.name.replace("plan-", "looks-"))
-        if looks.is_file():
-            sessions.looks = Looks.read(looks)
-            stopped = sessions.looks.stopped
-            folder_of = {key: name for key, name in folder_of.items() if key in here or key[0] not in stopped}
+        stopped = sessions.looks.stopped if sessions.looks else {}
+        folder_of = {key: name for key, name in folder_of.items() if key in here or key[0] not in stopped}
         for setting, _, _ in folder_of:
             sessions.expected[setting] = sessions.expected.get(setting, 0) + 1
         sessions.missing = [
@@ -260,12 +296,12 @@ def within_plan(sessions: Sessions, study: Path, everything: bool) -> Sessions:
 
 def images_of(setting: Path) -> dict[str, int]:
     """How many images a setting's sessions trained and were tested on, as the first that ended wrote down."""
-    for path in sorted(setting.glob("*/session.json")):
-        try:
+    try:
+        for path in sorted(setting.glob("*/session.json")):
             images = json.loads(path.read_text())["images"]
-        except (ValueError, KeyError):
-            continue
-        return {part: int(n) for part, n in images.items() if n}
+            return {part: int(n) for part, n in images.items() if n}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # an older or damaged file says nothing of images
     return {}
 
 
@@ -279,33 +315,62 @@ def choose_metrics(sessions: Sessions, asked: Sequence[Metric] | None) -> list[M
     for metric in asked:
         if metric.from_epochs:
             add_from_epochs(sessions, metric)
-        elif metric.name not in rows or metric.name in NAMES:
-            raise unknown(metric, [c for c in rows.columns if c in COLUMNS])
+        elif metric.name not in rows or metric.name in (*NAMES, *NUMBERS, *INTERNAL):
+            raise unknown(metric, [c for c in rows.columns if c in COLUMNS and c not in (*NAMES, *NUMBERS)])
+        leave_out(rows, metric)
     if not asked:
         raise Refused("no metric: the rows have neither test_acc nor a time; name one with --metric")
     return list(asked)
 
 
+def leave_out(rows: pd.DataFrame, metric: Metric) -> None:
+    """Drop what is no result: values of sessions that did not end, whole times of those that diverged."""
+    if metric.is_accuracy and (rows[metric.name] > 1).any():
+        at = first(rows[metric.name] > 1)
+        raise Refused(f"{metric.name}={rows[metric.name].iloc[at]:g} must be a fraction from 0 to 1")
+    if "status" in rows:
+        rows.loc[~rows["status"].isin(ENDED), metric.name] = math.nan
+        if metric.name == "total_time_s":
+            rows.loc[rows["status"] == "diverged", metric.name] = math.nan
+
+
 def add_from_epochs(sessions: Sessions, metric: Metric) -> None:
-    """Columns `<metric>` and `<metric> reached`, read from every session's epochs.csv."""
+    """Columns `<metric>` and `<metric> reached`, read from every session's epochs.csv.
+
+    A session that diverged reaches no target, however long it were trained: it counts as missing it to the
+    last of all sessions' ends, and its curve as lying on the floor to the last step of all.
+    """
     rows = sessions.rows
-    values, reached = [], []
-    for row in rows.itertuples():
-        path = None
-        if hasattr(row, "home") and isinstance(row.home, str) and hasattr(row, "session"):
-            seed = getattr(row, "seed", 0) or 0
-            name = f"s{row.session:.0f}" if seed == 0 else f"seed{seed:.0f}-s{row.session:.0f}"
-            path = Path(row.home) / str(getattr(row, "setting", row.key)) / name / "epochs.csv"
-        curve = read_curve(path) if path else None
-        value, there = metric.of_curve(curve) if curve is not None else (math.nan, False)
-        values.append(value)
-        reached.append(there)
-    if np.isnan(values).all():
+    curves = [read_curve(epochs_file(row)) for row in rows.itertuples()]
+    known = [curve for curve in curves if curve is not None]
+    if not known:
         raise Refused(
             f"metric {metric.name}: no session has an epochs.csv; give the study's folder under outputs/"
         )
-    rows[metric.name] = values
-    rows[f"{metric.name} reached"] = reached
+    found = [(math.nan, False) if curve is None else metric.of_curve(curve) for curve in curves]
+    end, steps = max(metric.course(c).iloc[-1] for c in known), max(steps_of(c) for c in known)
+    diverged = rows["status"].eq("diverged") if "status" in rows else [False] * len(rows)
+    for i, (curve, cut_short) in enumerate(zip(curves, diverged, strict=True)):
+        value, reached = found[i]
+        if cut_short and metric.is_until and not reached:
+            found[i] = float(end), False
+        elif cut_short and metric.name == "auc_acc" and curve is not None and steps > 0:
+            found[i] = value * steps_of(curve) / steps, True
+    rows[metric.name], rows[f"{metric.name} reached"] = zip(*found, strict=True)
+
+
+def steps_of(curve: Curve) -> float:
+    """Steps from a curve's first evaluation to its last."""
+    return float(curve["step"].iloc[-1] - curve["step"].iloc[0])
+
+
+def epochs_file(row: Any) -> Path | None:
+    """Where a session's epochs.csv would be; None where the input says no folder."""
+    if not isinstance(getattr(row, "home", None), str) or math.isnan(getattr(row, "session", math.nan)):
+        return None
+    seed = getattr(row, "seed", 0) or 0
+    name = f"s{row.session:.0f}" if seed == 0 else f"seed{seed:.0f}-s{row.session:.0f}"
+    return Path(row.home) / str(row.setting) / name / "epochs.csv"
 
 
 def labels_of(rows: pd.DataFrame) -> dict[str, str]:

@@ -88,19 +88,24 @@ class Metric:
         high = self.name.endswith(("_acc", "_f1")) or self.name == "images_per_s"
         return 1 if high else -1
 
+    def course(self, curve: Curve) -> "pd.Series[float]":
+        """How far training was at each evaluation: epochs, or seconds of training."""
+        return (
+            curve["epoch_time_s"].cumsum() if self.name.startswith("time") else curve["epoch"].astype(float)
+        )
+
     def of_curve(self, curve: Curve) -> tuple[float, bool]:
         """A session's value, and whether it was reached rather than cut off."""
         if self.target is None:
             return DERIVED[self.name](curve), True
-        unit = curve["epoch_time_s"].cumsum() if self.name.startswith("time") else curve["epoch"]
         there = (curve["test_acc"] >= self.target).to_numpy()
         at = int(there.argmax()) if there.any() else -1
-        return float(unit.iloc[at]), bool(there.any())
+        return float(self.course(curve).iloc[at]), bool(there.any())
 
 
-def read_curve(path: Path) -> Curve | None:
+def read_curve(path: Path | None) -> Curve | None:
     """The evaluated epochs of one session; None where it has none."""
-    if not path.is_file():
+    if path is None or not path.is_file():
         return None
     try:
         curve = pd.read_csv(path, usecols=["epoch", "step", "test_acc", "epoch_time_s"])

@@ -2,15 +2,44 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from normbench.stats.analysis import analyse
-from normbench.stats.comparison import Options, sd
+from normbench.stats.analysis import Analysis, analyse
+from normbench.stats.comparison import Comparison, Options, sd
 from normbench.stats.inputs import choose_metrics, read
 from normbench.stats.metrics import Metric
 from normbench.stats.planning import Question, upper_sd
+from normbench.stats.verdicts import FEWEST_TIMES
 from normbench.values import Refused
 
 CONFIDENCE = 0.8
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What a pilot's n sessions, or pairs of them, showed of one metric."""
+
+    metric: Metric
+    of: str
+    sd: float
+    n: int
+    is_paired: bool
+    mean: float
+
+    def lines(
+        self, difference: float | None, margin: float | None, options: Options, tests: int
+    ) -> Iterator[str]:
+        """The sessions needed at this sd, and at its upper limit: a pilot knows the sd but roughly."""
+        high = upper_sd(self.sd, self.n, CONFIDENCE)
+        kind = "paired differences" if self.is_paired else "sessions"
+        limit = f"below {high:.3g} with {CONFIDENCE:.0%} confidence"
+        yield f"{self.metric.name}, {self.of}: sd {self.sd:.3g} of {self.n} {kind}; {limit}"
+        for at in (self.sd, high):
+            question = Question(at, options.alpha, options.power, difference, margin,
+                                comparisons=tests, paired_sd=self.is_paired)  # fmt: skip
+            yield from (f"  {line}" for line in question.describe())
+        if self.metric.is_time:
+            yield f"  a time needs at least {FEWEST_TIMES} sessions an arm to be compared at all"
 
 
 def sessions_needed(
@@ -22,77 +51,36 @@ def sessions_needed(
     comparisons: int | None,
     everything: bool,
 ) -> Iterator[str]:
-    """A line per arm and metric: the sd that the pilot showed, and the sessions it asks for.
+    """What to run for each arm and metric, a few lines each; Refused where the pilot shows no spread."""
+    asked = [Metric.of(name) for name in dict.fromkeys([*differences, *options.margins])]
+    sessions = read([pilot], asked, by, everything)
+    analysis = analyse(sessions, choose_metrics(sessions, asked), options, baseline, by)
+    tests = max(1, len(analysis.comparisons)) if comparisons is None else comparisons
+    for spread in spreads(analysis, pilot):
+        name = spread.metric.name
+        margin = options.margins[name].beside(spread.mean) if name in options.margins else None
+        yield from spread.lines(differences.get(name), margin, options, tests)
 
-    A pilot knows the sd but roughly, so a second count takes the sd's upper limit at 80 % confidence.
-    """
-    names = list(dict.fromkeys([*differences, *options.margins]))
-    metrics = [Metric.of(name) for name in names]
-    sessions = read([pilot], metrics, by, everything)
-    metrics = choose_metrics(sessions, metrics)
-    analysis = analyse(sessions, metrics, options, baseline, by)
-    tests = comparisons or max(1, len(analysis.comparisons))
+
+def spreads(analysis: Analysis, pilot: str) -> Iterator[Spread]:
+    """The spread behind every comparison, or of a single arm's sessions."""
     for group in analysis.groups:
-        for metric in metrics:
+        for metric in analysis.metrics:
             for c in analysis.of(group, metric):
-                if c.identical:
-                    yield f"{metric.name}, {c.treatment} against {c.baseline}: {c.reason}; nothing to plan"
-                    continue
-                if c.estimate is None or not c.estimate.se > 0:
-                    raise Refused(
-                        f"{pilot}: {c.treatment}'s {metric.name} shows no sd ({c.reason}); add sessions"
-                    )
-                n = c.pairs or min(c.n_baseline, c.n_treatment)
-                spread = float(c.estimate.se) * math.sqrt(n if c.pairs else n / 2)
-                of = "paired differences" if c.pairs else "sessions"
-                who = f"{metric.name}, {c.treatment} against {c.baseline}"
-                margin = (
-                    options.margins[metric.name].beside(c.mean_baseline)
-                    if metric.name in options.margins
-                    else None
-                )
-                yield from lines(
-                    who, of, spread, n, bool(c.pairs), options, differences.get(metric.name), margin, tests
-                )
+                if not c.identical:
+                    yield spread_of(c, metric, pilot)
             if len(group.arms) == 1:
                 x = group.arms[group.baseline].values(metric.name)
                 if not sd(x) > 0:
                     raise Refused(f"{pilot}: {x.size} sessions show no sd of {metric.name}; add sessions")
-                margin = (
-                    options.margins[metric.name].beside(float(x.mean()))
-                    if metric.name in options.margins
-                    else None
-                )
-                who = f"{metric.name}, {group.baseline}"
-                yield from lines(
-                    who,
-                    "sessions",
-                    sd(x),
-                    x.size,
-                    False,
-                    options,
-                    differences.get(metric.name),
-                    margin,
-                    tests,
-                )
+                yield Spread(metric, group.baseline, sd(x), x.size, False, float(x.mean()))
 
 
-def lines(
-    who: str,
-    of: str,
-    spread: float,
-    n: int,
-    is_paired: bool,
-    options: Options,
-    difference: float | None,
-    margin: float | None,
-    tests: int,
-) -> Iterator[str]:
-    """What one spread asks for, as it is and at its upper limit."""
-    high = upper_sd(spread, n, CONFIDENCE)
-    yield f"{who}: sd {spread:.3g} of {n} {of}; below {high:.3g} with {CONFIDENCE:.0%} confidence"
-    for at in (spread, high):
-        question = Question(
-            at, options.alpha, options.power, difference, margin, comparisons=tests, paired_sd=is_paired
-        )
-        yield from (f"  {line}" for line in question.describe())
+def spread_of(c: Comparison, metric: Metric, pilot: str) -> Spread:
+    """The sd that makes the comparison's standard error, as the sessions are worth."""
+    of = f"{c.treatment} against {c.baseline}"
+    if c.obstacle or c.estimate is None or not c.estimate.se > 0:
+        raise Refused(f"{pilot}: {metric.name} of {of} shows no sd: {c.reason}")
+    n = c.pairs or min(c.n_baseline, c.n_treatment)
+    spread = float(c.estimate.se) * math.sqrt(n if c.pairs else n / 2)
+    return Spread(metric, of, spread, n, bool(c.pairs), c.mean_baseline)

@@ -6,42 +6,48 @@ from dataclasses import dataclass
 import numpy as np
 
 from normbench.stats import estimates, survival
-from normbench.stats.estimates import ROUNDING, Estimate
+from normbench.stats.arms import Match
+from normbench.stats.estimates import ROUNDING, Estimate, no_spread
 from normbench.stats.series import Floats, effective_n
 
 
 @dataclass(frozen=True)
 class Primary:
-    """The test that decides: its name, its estimate, and p values that hold for arms without spread too."""
+    """The test that decides: its name, its estimate, and p values that hold for arms without spread too.
+
+    `least_p` is the smallest p that sessions without spread can give.
+    """
 
     name: str
     estimate: Estimate
     p: float
-    flat: bool
-    scale: float
+    flat: bool = False
+    least_p: float = 1.0
 
     def tost(self, margin: float) -> float:
         """p of "the difference is the margin or more"."""
         if not self.flat:
             return float(self.estimate.tost(margin))
-        gap = abs(float(self.estimate.diff))
-        if gap >= margin:
-            return 1.0
-        return self.p if gap > ROUNDING * self.scale else 0.0
+        return self.least_p if abs(float(self.estimate.diff)) < margin else 1.0
 
     @classmethod
-    def of(cls, x: Floats, y: Floats, is_paired: bool, is_time: bool) -> "Primary":
-        """`x` the baseline's, `y` the treatment's sessions; at least two of each."""
+    def of(cls, match: Match, places: int | None = None, seed: int = 0) -> "Primary":
+        """The test of one comparison, on the sessions of so many places; at least two sessions a side."""
+        if match.metric.is_until:
+            return cls.until(*match.reached(places), match.is_paired, match.metric.is_time, seed)
+        return cls.means(*match.sides(places), match.is_paired, match.metric.is_time)
+
+    @classmethod
+    def means(cls, x: Floats, y: Floats, is_paired: bool, is_time: bool) -> "Primary":
+        """Welch's or the paired t; without spread the exact permutation test."""
         test, name = choose_test(is_paired, is_time)
         estimate = test(x, y)
-        scale = float(max(np.abs(x).max(), np.abs(y).max()))
-        sides = (y - x,) if is_paired else (x, y)
-        flat = all(float(np.ptp(side)) <= ROUNDING * scale for side in sides)
-        if not flat:
-            return cls(name, estimate, float(estimate.p), flat, scale)
-        same = abs(float(estimate.diff)) <= ROUNDING * scale
-        p = 1.0 if same else estimates.permutation_p(x.size, y.size, is_paired)
-        return cls("exact permutation", estimate, p, flat, scale)
+        size = max(float(np.abs(x).max()), float(np.abs(y).max()))
+        if not no_spread([y - x] if is_paired else [x, y], size):
+            return cls(name, estimate, float(estimate.p))
+        least = estimates.permutation_p(x.size, y.size, is_paired)
+        same = abs(float(estimate.diff)) <= ROUNDING * size
+        return cls("exact permutation", estimate, 1.0 if same else least, True, least)
 
     @classmethod
     def until(
@@ -59,20 +65,14 @@ class Primary:
         name = "log-rank" + (" within pairs" if is_paired else "") + (" (ess)" if is_time else "")
         p = survival.log_rank(one, other, is_paired, inflation, seed)
         estimate = survival.difference(one, other, horizon, inflation)
-        return cls(name, estimate, p, not float(estimate.se) > 0, horizon)
+        known = float(estimate.se) > 0 and one.reached.any() and other.reached.any()
+        return cls(name, estimate, p, not known)
 
 
 def choose_test(is_paired: bool, is_time: bool) -> tuple[Callable[[Floats, Floats], Estimate], str]:
     """Welch's or the paired t; with effective numbers of sessions for times."""
+    if is_time and is_paired:
+        return estimates.paired_serial, "paired t (ess)"
     if is_time:
-        return (
-            (estimates.paired_serial, "paired t (ess)")
-            if is_paired
-            else (estimates.welch_serial, "Welch (ess)")
-        )
+        return estimates.welch_serial, "Welch (ess)"
     return (estimates.paired, "paired t") if is_paired else (estimates.welch, "Welch")
-
-
-def flat(x: Floats) -> bool:
-    """Whether nothing varies but by rounding."""
-    return float(np.ptp(x)) <= ROUNDING * float(np.abs(x).max())

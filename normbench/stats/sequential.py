@@ -65,7 +65,10 @@ class Looks:
     def read(cls, path: Path) -> "Looks":
         """The looks of one file."""
         body = read_json(path)
-        return cls(body["planned"], tuple(body["at"]), body["stopped"])
+        try:
+            return cls(int(body["planned"]), tuple(body["at"]), dict(body["stopped"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise Refused(f"{path} does not say what was looked at") from error
 
 
 def spent(tail: float, fraction: float) -> float:

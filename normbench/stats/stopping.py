@@ -52,7 +52,7 @@ def decided(
     verdicts: dict[str, list[str]] = {}
     for group in analysis.groups:
         for c in analysis.comparisons:
-            verdicts.setdefault(group.arms[c.treatment].key, []).append(c.verdict)
+            verdicts.setdefault(group.arms[c.treatment].key.rpartition("/")[2], []).append(c.verdict)
     settled = {
         key: DIFFERENT if DIFFERENT in words else EQUIVALENT
         for key, words in verdicts.items()

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from normbench.plan import write_whole
 from normbench.stats.analysis import Analysis, Group, ended
-from normbench.stats.comparison import Comparison, sd
+from normbench.stats.comparison import Comparison, binomial_se, images_of, sd
 from normbench.stats.metrics import Metric
 from normbench.stats.verdicts import DIFFERENT, EQUIVALENT, INCONCLUSIVE, NOT_COMPARABLE, shown_p
 
@@ -52,30 +52,33 @@ def opening(analysis: Analysis, where: str) -> list[str]:
         lines.append(f"missing: {some(sessions.missing)}")
     if "status" in rows and (rows["status"] != "ok").any():
         for status in ("diverged", "failed", "interrupted"):
-            lines += named(analysis, status)
+            if names := names_of(analysis, status):
+                lines.append(f"{status}: {some(names)}")
     if ended(rows) == 0:
         lines.append("no session has ended")
     baselines = ", ".join(dict.fromkeys(group.baseline for group in analysis.groups))
     shared = f"shared by {analysis.family} tests (Holm)" if analysis.family > 1 else "for one test"
     lines.append(f"baseline {baselines}; alpha {analysis.options.alpha:g} {shared}")
     for c in analysis.distrusted:
-        lines.append(
-            f"DISTRUST every verdict here: {c.baseline} and {c.treatment} are one op, and {c.metric} differs"
-        )
+        place = ", ".join(f"{k}={v}" for k, v in c.group.items()) or "here"
+        pair = f"{c.baseline} and {c.treatment}"
+        lines.append(f"DISTRUST every verdict {place}: {pair} are one op, and {c.metric} differs")
     return lines
 
 
-def named(analysis: Analysis, status: str) -> list[str]:
-    """The sessions with this status, by arm and number."""
+def names_of(analysis: Analysis, status: str) -> list[str]:
+    """The sessions with this status, by arm and number, with their errors."""
     names = []
     for group in analysis.groups:
         for label, arm in group.arms.items():
+            if "status" not in arm.rows:
+                continue
             rows = arm.rows[arm.rows["status"] == status]
             errors = rows["error"] if "error" in rows else [None] * len(rows)
             numbers = rows["session"] if "session" in rows else range(len(rows))
             for number, error in zip(numbers, errors, strict=True):
                 names.append(f"{label} s{number:g}" + (f" ({error})" if isinstance(error, str) else ""))
-    return [f"{status}: {some(names)}"] if names else []
+    return names
 
 
 def some(names: Sequence[str]) -> str:
@@ -92,10 +95,11 @@ def pages(analysis: Analysis) -> list[Page]:
 def page(analysis: Analysis, group: Group, metric: Metric) -> Page:
     """The arms of one group in one metric."""
     rows = analysis.of(group, metric)
-    floor = any(not math.isnan(c.binomial_se_baseline) for c in rows)
+    own = baseline_of(analysis, group, metric, rows)
+    floor = not math.isnan(own[-1]) or any(not math.isnan(c.binomial_se_treatment) for c in rows)
     level = f"{100 * (1 - analysis.options.alpha):g} % interval"
     header = ["arm", "n", "mean", "sd", *(["test-set se"] if floor else []), "diff", level, "p (Holm)"]
-    texts = [[*own_numbers(group.baseline, baseline_of(group, metric, rows), metric, floor), "", "", "", ""]]
+    texts = [[*own_numbers(group.baseline, own, metric, floor), "", "", "", ""]]
     after = decimals(rows, metric)
     for c in rows:
         against = "" if c.baseline == group.baseline else f" against {c.baseline}"
@@ -118,13 +122,16 @@ def page(analysis: Analysis, group: Group, metric: Metric) -> Page:
 Own = tuple[int, float, float, float]
 
 
-def baseline_of(group: Group, metric: Metric, rows: Sequence[Comparison]) -> Own:
+def baseline_of(analysis: Analysis, group: Group, metric: Metric, rows: Sequence[Comparison]) -> Own:
     """The baseline's n, mean, sd and floor; they stand in each of its comparisons."""
     for c in rows:
         if c.baseline == group.baseline:
             return c.n_baseline, c.mean_baseline, c.sd_baseline, c.binomial_se_baseline
-    x = group.arms[group.baseline].values(metric.name)
-    return x.size, float(x.mean()) if x.size else math.nan, sd(x), math.nan
+    arm = group.arms[group.baseline]
+    x = arm.values(metric.name)
+    mean = float(x.mean()) if x.size else math.nan
+    images = images_of(arm, metric, analysis.options) if metric.is_accuracy else None
+    return x.size, mean, sd(x), binomial_se(mean, images)
 
 
 def own_numbers(name: str, own: Own, metric: Metric, floor: bool) -> list[str]:
@@ -149,7 +156,9 @@ def number(value: float, metric: Metric) -> str:
 def decimals(rows: Sequence[Comparison], metric: Metric) -> int:
     """As many as show two figures of the narrowest interval's half width; of fractions at least four."""
     least = 4 if is_fraction(metric) else 0
-    halves = [(c.ci_high - c.ci_low) / 2 for c in rows if c.ci_high > c.ci_low]
+    halves = [
+        (c.ci_high - c.ci_low) / 2 for c in rows if c.ci_high > c.ci_low and c.verdict != NOT_COMPARABLE
+    ]
     sizes = halves or [abs(c.diff) for c in rows if c.diff]
     finite = [size for size in sizes if math.isfinite(size)]
     return max([least, *(1 - math.floor(math.log10(size)) for size in finite)])
@@ -167,23 +176,26 @@ def between(c: Comparison, places: int) -> str:
     return f"{signed(c.ci_low, places)} to {signed(c.ci_high, places)}"
 
 
-def show(analysis: Analysis, where: str, console: Console) -> None:
-    """Print all tables: framed and coloured on a terminal, aligned plain text in a pipe."""
+def text(analysis: Analysis, where: str, console: Console) -> str:
+    """All tables as this console shows them: framed and coloured on a terminal, plain in a pipe."""
     terminal = console.is_terminal
-    for line in opening(analysis, where):
-        style = "bold red" if terminal and line.startswith("DISTRUST") else None
-        console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
-    for p in pages(analysis):
-        console.print()
-        console.print(framed(p) if terminal else plain(p))
-        for line in p.below:
-            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=not terminal)
+    with console.capture() as captured:
+        for line in opening(analysis, where):
+            style = "bold red" if terminal and line.startswith("DISTRUST") else None
+            console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+        for p in pages(analysis):
+            console.print()
+            console.print(framed(p) if terminal else plain(p))
+            for line in p.below:
+                console.print(f"  {line}", highlight=False, markup=False, soft_wrap=not terminal)
+    shown = captured.get()
+    return shown if terminal else "\n".join(line.rstrip() for line in shown.splitlines()) + "\n"
 
 
 def framed(p: Page) -> RichTable:
     """A page for a terminal: the verdict in its colour, long intervals on two lines where it is narrow."""
     table = RichTable(
-        title=p.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, header_style=""
+        title=Text(p.title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, header_style=""
     )
     table.padding, table.pad_edge, table.collapse_padding = (0, 1), False, True
     whole = {"n", "mean", "sd", "diff", "verdict"} | (
@@ -198,7 +210,9 @@ def framed(p: Page) -> RichTable:
 
 def plain(p: Page) -> RichTable:
     """A page for a pipe: columns aligned by spaces."""
-    table = RichTable(title=p.title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = RichTable(
+        title=Text(p.title), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
     for column in p.header:
         table.add_column(column, justify=side(column), no_wrap=True)
     for row in p.rows:
@@ -277,6 +291,7 @@ def json_text(analysis: Analysis, where: str) -> str:
         "sessions_found": len(rows),
         "sessions_expected": analysis.sessions.planned,
         "missing": analysis.sessions.missing,
+        "not_ok": {status: names_of(analysis, status) for status in ("diverged", "failed", "interrupted")},
         "alpha": analysis.options.alpha,
         "tests": analysis.family,
         "control_differs": [[c.baseline, c.treatment, c.metric] for c in analysis.distrusted],

@@ -4,14 +4,17 @@ The rules are fixed before data are seen. For one metric of one treatment agains
 that holds decides:
 
 1. **not comparable**: fewer than 2 sessions an arm (10 for a time); another data set; for times: hardware,
-   precision, torch version, `pack`, `threads` or `slots` known to differ, or an effective sample size below
-   3.
+   precision, torch version, `pack`, `threads` or `slots` known to differ or to vary, no spread at all, or an
+   effective sample size below 3.
 2. **different**: the primary test's p, after Holm's correction over every test of the command, is below
    alpha.
 3. **equivalent**: the arms are identical in all their sessions; or both one-sided tests against the stated
    margin, after Holm's correction over every margin of the command, are below alpha, and every session that
    ended has the metric.
 4. **inconclusive**: all else, with the sessions that would settle it.
+
+Alpha bounds each kind of finding by itself: any false "different" of a command, and any false "equivalent".
+Looks before the planned end (`--look-every`) spend alpha bit by bit.
 
 The primary test is the paired t where sessions share random numbers (equal seed and session, model, data
 set and batch size, by the rows), else Welch's t; for times both with effective numbers of sessions; the
@@ -40,10 +43,13 @@ class Evidence(Protocol):
     looks: str
     n_baseline: int
     n_treatment: int
+    mean_baseline: float
+    sd_baseline: float
     pairs: int
     diverged_baseline: int
     diverged_treatment: int
     fisher_p: float
+    fisher_holm: float
     diff: float
     ci_low: float
     ci_high: float
@@ -74,15 +80,16 @@ def decide(c: Evidence, alpha: float, family: int) -> Verdict:
         word, why = NOT_COMPARABLE, c.obstacle
     elif c.identical:
         word, why = EQUIVALENT, f"identical in all {c.n_treatment} sessions"
+        if c.sd_baseline <= 1e-12 * abs(c.mean_baseline):
+            why += ", which all have one value: does anything learn?"
     elif c.p_holm < alpha:
         word, why = DIFFERENT, f"{amount(c)}; {evidence(c, family)}"
         if within:
             why += f", though within the margin of ±{c.margin:.3g}"
     elif within and not c.unmeasured:
         word = EQUIVALENT
-        why = (
-            f"within ±{c.margin:.3g}: {amount(c)}; one-sided p {shown_p(c.tost_p_holm)} of the {test_name(c)}"
-        )
+        p = f"one-sided p {shown_p(c.tost_p_holm)} of the {margin_test(c)}"
+        why = f"within ±{c.margin:.3g}: {amount(c)}; {p}"
     else:
         word, why = INCONCLUSIVE, open_question(c, alpha, within, family)
     return Verdict(word, "; ".join(filter(None, [why, c.repeats, divergence(c, alpha)])))
@@ -111,6 +118,11 @@ def test_name(c: Evidence) -> str:
     return c.test if c.paired_r != c.paired_r or not c.pairs else f"{c.test}, r = {c.paired_r:.2f}"
 
 
+def margin_test(c: Evidence) -> str:
+    """What the margin was held against."""
+    return "restricted means (t, as if unpaired)" if c.test.startswith("log-rank") else test_name(c)
+
+
 def shown_p(p: float) -> str:
     """Two figures; nothing below a millionth."""
     return "< 1e-6" if p < 1e-6 else f"= {p:.2g}"
@@ -121,6 +133,8 @@ def open_question(c: Evidence, alpha: float, within: bool, family: int) -> str:
     words = f"{amount(c)}; {evidence(c, family)}"
     if within:
         return f"{words}; within ±{c.margin:.3g}, but {c.unmeasured} ended sessions have no value"
+    if c.looks:
+        return f"{words}; looked at after {c.looks} planned sessions"
     if c.min_detectable == c.min_detectable:
         words += f"; these sessions find {c.min_detectable:.2g} or more"
     return f"{words}; {sessions_needed(c)}"
@@ -143,5 +157,5 @@ def divergence(c: Evidence, alpha: float) -> str:
     if not (c.diverged_baseline or c.diverged_treatment):
         return ""
     counts = f"{c.diverged_treatment} diverged against {c.diverged_baseline}"
-    more = "a different rate" if c.fisher_p < alpha else "no different rate shown"
-    return f"{counts} ({more}, Fisher's p {shown_p(c.fisher_p)})"
+    more = "a different rate" if c.fisher_holm < alpha else "no different rate shown"
+    return f"{counts} ({more}; Fisher, Holm: p {shown_p(c.fisher_holm)})"
