@@ -29,6 +29,7 @@ def committed() -> pd.DataFrame:
     return pd.read_csv(ROOT / "docs" / "calibration.csv", dtype=str, keep_default_na=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["false positives", "coverage", "equivalence", "times", "looks", "power"])
 def test_the_methods_keep_their_targets(calibrate: ModuleType, key: str) -> None:
     questions = [question for question in calibrate.QUESTIONS if question.key == key]
@@ -37,6 +38,7 @@ def test_the_methods_keep_their_targets(calibrate: ModuleType, key: str) -> None
     assert [cell for cell in cells if cell.outcome == "fail"] == []
 
 
+@pytest.mark.slow
 def test_naive_methods_miss_them(calibrate: ModuleType) -> None:
     x, y = calibrate.times(calibrate.OWN, 2000, 30)
     found = calibrate.estimates.welch(x, y).p < calibrate.ALPHA
@@ -67,6 +69,7 @@ def test_the_committed_table_has_the_scripts_cells(calibrate: ModuleType, commit
     assert set(cells[0]) ^ set(cells[1]) == set() and len(cells[0]) == len(cells[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["false positives", "times"])
 def test_the_committed_rates_are_still_the_methods_rates(
     calibrate: ModuleType, committed: pd.DataFrame, key: str

@@ -262,6 +262,7 @@ def test_a_label_is_no_formula_and_may_be_long(tmp_path: Path) -> None:
     assert len(draw(analysis, tmp_path)) == 3
 
 
+@pytest.mark.slow
 def test_forty_arms_of_many_sessions(tmp_path: Path) -> None:
     few = analysed(tmp_path, rows_of({"obn": 0, "mbn": 0}), [EPOCH])
     group = few.groups[0]

@@ -16,7 +16,7 @@ from normbench.stats.planning import sessions_for_difference, sessions_for_equiv
 from normbench.stats.primary import Primary, choose_test
 from normbench.stats.sequential import Looks, levels, sequential_p
 from normbench.stats.series import Floats, drift, effective_n, lag1
-from normbench.stats.verdicts import FEWEST, FEWEST_EFFECTIVE, FEWEST_TIMES
+from normbench.stats.verdicts import FEWEST, FEWEST_EFFECTIVE, FEWEST_IDENTICAL, FEWEST_TIMES
 from normbench.values import Refused
 
 NAN = math.nan
@@ -142,13 +142,14 @@ def compare(
     if min(x.size, y.size) < FEWEST:
         return c
     if metric.is_until:
-        describe_until(c, *match.reached(), match.is_paired)
+        describe_until(c, *match.reached())
     else:
         usual_tests(c, match)
         c.bca_low, c.bca_high = estimates.bca(
             x, y, match.is_paired, options.alpha, options.seed, options.resamples
         )
-        c.identical = match.is_paired and np.array_equal(x, y) and not c.unmeasured and not match.note
+        whole = x.size >= FEWEST_IDENTICAL and not c.unmeasured and not match.note
+        c.identical = match.is_paired and whole and np.array_equal(x, y)
     series(c, match)
     primary = Primary.of(match, seed=options.seed)
     conclude(c, primary, match, options, family)
@@ -241,13 +242,11 @@ def images_of(arm: Arm, metric: Metric, options: Options) -> int | None:
     return told or arm.images.get(metric.part)
 
 
-def describe_until(c: Comparison, one: survival.Reached, other: survival.Reached, is_paired: bool) -> None:
+def describe_until(c: Comparison, one: survival.Reached, other: survival.Reached) -> None:
     """Restricted means in place of means, and a word on sessions that never got there."""
     horizon = survival.horizon_of(one, other)
     c.mean_baseline, c.mean_treatment = (survival.restricted_mean(a, horizon)[0] for a in (one, other))
     c.sd_baseline = c.sd_treatment = NAN
-    got_there = bool(one.reached.all() and other.reached.all())
-    c.identical = is_paired and got_there and not c.unmeasured and np.array_equal(one.time, other.time)
     c.repeats = also(never_reached(one, other), c.repeats)
 
 

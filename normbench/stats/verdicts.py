@@ -8,9 +8,9 @@ that holds decides:
    effective sample size below 3.
 2. **different**: the primary test's p, after Holm's correction over every test of the command, is below
    alpha.
-3. **equivalent**: the arms are identical in all their sessions; or both one-sided tests against the stated
-   margin, after Holm's correction over every margin of the command, are below alpha, and every session that
-   ended has the metric.
+3. **equivalent**: the arms are identical in all their sessions, 5 or more; or both one-sided tests against
+   the stated margin, after Holm's correction over every margin of the command, are below alpha, and every
+   session that ended has the metric.
 4. **inconclusive**: all else, with the sessions that would settle it.
 
 Alpha bounds each kind of finding by itself: any false "different" of a command, and any false "equivalent".
@@ -29,6 +29,7 @@ from typing import Protocol
 FEWEST = 2
 FEWEST_TIMES = 10  # with fewer, pairs of AR(1) times err more than 10 times in 100 (docs/calibration.md)
 FEWEST_EFFECTIVE = 3.0
+FEWEST_IDENTICAL = 5  # accuracies are counts: a few may agree by chance
 
 DIFFERENT, EQUIVALENT = "different", "equivalent"
 INCONCLUSIVE, NOT_COMPARABLE = "inconclusive", "not comparable"
