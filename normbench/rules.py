@@ -126,5 +126,8 @@ RULES: dict[str, Rule] = {
     "norm.num_devices": positive_int,
     "norm.stats_device": from_zero,
     "norm.num_groups": optional(positive_int),
+    "norm.ghost_batch_size": positive_int,
+    "norm.over": either("channels", "sample"),
+    "norm.alpha": nonnegative,
     "norm.channels_per_group": positive_int,
 }

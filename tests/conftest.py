@@ -83,3 +83,8 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Trainer:
         return plans[-1]
 
     return run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What trains for minutes starts first, so that no worker waits for it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -31,7 +31,7 @@ def test_a_wrong_door_is_one_line() -> None:
     [
         ("normbench ", ["train", "stats", "results"]),
         ("normbench tr", ["train"]),
-        ("normbench train norm=m", ["norm=mbn"]),
+        ("normbench train norm=mb", ["norm=mbn"]),
         ("normbench train norm=mbn norm.str", ["norm.stride="]),
         ("normbench train dataset=ci", ["dataset=cifar10", "dataset=cifar100"]),
         ("normbench stats out", []),

@@ -224,7 +224,7 @@ def test_public_docstring_has_every_part(name):
 def test_halves_of_the_affine_freeze_and_drop(name):
     x = activations((4, 6, 5, 3))
     for frozen, trained in (("weight", "bias"), ("bias", "weight")):
-        norm = build(name, 6, **{f"train_{frozen}": False})
+        norm = build(name, 6, **{"affine": True, f"train_{frozen}": False})
         norm(x).square().sum().backward()
         assert getattr(norm, frozen).grad is None
         assert getattr(norm, trained).grad.abs().min() > 0
@@ -299,7 +299,7 @@ def one_process_group(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "affine" in options(name)])
 def test_trains_under_data_parallel(name, one_process_group):
-    norm = build(name, 6, torch.float32)
+    norm = build(name, 6, torch.float32, affine=True)
     wrapped = nn.parallel.DistributedDataParallel(norm)
     for step in range(2):
         wrapped(activations((4, 6, 5, 3), torch.float32, seed=step)).square().sum().backward()

@@ -13,10 +13,15 @@ from normbench.norms.bn import BatchNorm
 from normbench.norms.bnrs import BNRS
 from normbench.norms.bnwos import BNWoS
 from normbench.norms.brn import BatchRenorm
+from normbench.norms.dyt import DyT
+from normbench.norms.ghost import GhostBatchNorm
 from normbench.norms.group import GroupNorm, InstanceNorm, LayerNorm
+from normbench.norms.l1 import L1BatchNorm
 from normbench.norms.mbn import MBN
 from normbench.norms.none import NoNorm
 from normbench.norms.obn import FusedBatchNorm
+from normbench.norms.partial import MeanOnlyBatchNorm, VarianceOnlyBatchNorm
+from normbench.norms.rms import RMSNorm
 
 SHAPES = [(8, 6), (5, 6, 7), (4, 6, 5, 3), (3, 6, 2, 3, 5)]
 MAPS = SHAPES[1:]
@@ -423,3 +428,101 @@ def test_nn_hands_its_input_back():
 def test_wrong_values_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         BatchNorm(6, **wrong)
+
+
+def by_formula(norm: nn.Module, shape: tuple[int, ...], formula) -> None:
+    """Training output of one batch against NumPy: `formula(x, axes, view)` before weight and bias."""
+    set_up(norm)
+    x = activations(shape)
+    values = x.numpy()
+    axes = tuple(axis for axis in range(x.ndim) if axis != 1)
+    weight, bias = (p.detach().numpy().reshape(1, -1, *(1,) * (x.ndim - 2)) for p in (norm.weight, norm.bias))
+    close(norm(x), torch.from_numpy(formula(values, axes) * weight + bias))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_ghost_batch_is_batch_norm(shape):
+    assert_same(GhostBatchNorm(6, ghost_batch_size=shape[0]), BatchNorm(6), shape)
+
+
+def test_ghost_batches_are_batch_norms_of_the_parts():
+    ghost, one, other = (
+        set_up(norm) for norm in (GhostBatchNorm(6, ghost_batch_size=4), BatchNorm(6), BatchNorm(6))
+    )
+    x = activations((9, 6, 5, 3))  # 5 and 4 samples
+    close(ghost(x), torch.cat([one(x[:5]), other(x[5:])]))
+    close(ghost.running_mean, (one.running_mean + other.running_mean) / 2)
+    close(ghost.running_var, (one.running_var + other.running_var) / 2)
+    assert ghost.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_halves_of_batch_norm_by_their_formulas(shape):
+    by_formula(MeanOnlyBatchNorm(6), shape, lambda x, axes: x - x.mean(axes, keepdims=True))
+    by_formula(
+        VarianceOnlyBatchNorm(6), shape, lambda x, axes: x / np.sqrt(x.var(axes, keepdims=True) + 1e-5)
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_centring_then_scaling_is_batch_norm(shape):
+    mean, var, bn = MeanOnlyBatchNorm(6).double(), VarianceOnlyBatchNorm(6).double(), BatchNorm(6).double()
+    x = activations(shape)
+    close(var(mean(x)), bn(x))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_l1_batch_norm_by_its_formula(shape):
+    def formula(x, axes):
+        centred = x - x.mean(axes, keepdims=True)
+        s = np.sqrt(np.pi / 2) * np.abs(centred).mean(axes, keepdims=True)
+        return centred / np.sqrt(s**2 + 1e-5)
+
+    by_formula(L1BatchNorm(6), shape, formula)
+
+
+def test_the_l1_deviation_of_normal_values_is_their_sd():
+    x = torch.randn(200_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 1
+    _, var = L1BatchNorm(1).double().batch_stats(x)
+    assert var.item() == pytest.approx(9, rel=0.01)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rms_norm_is_torchs_over_channels(shape):
+    ours, theirs = set_up(RMSNorm(6, eps=1e-6, train_bias=False)), nn.RMSNorm(6, eps=1e-6).double()
+    with torch.no_grad():
+        theirs.weight.copy_(ours.weight)
+        ours.bias.zero_()
+    x, z = (activations(shape).requires_grad_() for _ in range(2))
+    y, expected = ours(x), theirs(z.movedim(1, -1)).movedim(-1, 1)
+    close(y, expected)
+    upstream = activations(shape, 3)
+    y.backward(upstream), expected.backward(upstream)
+    close(x.grad, z.grad)
+    close(ours.weight.grad, theirs.weight.grad)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rms_norm_of_a_sample_and_pixel_norm_by_their_formulas(shape):
+    def sample(x, axes):
+        return x / np.sqrt((x**2).mean(tuple(range(1, x.ndim)), keepdims=True) + 1e-6)
+
+    by_formula(RMSNorm(6, over="sample"), shape, sample)
+    x = activations(shape)
+    pixel = RMSNorm(6, eps=1e-8, affine=False)(x)
+    values = x.numpy()
+    close(pixel, torch.from_numpy(values / np.sqrt((values**2).mean(1, keepdims=True) + 1e-8)))
+    torch.testing.assert_close(pixel.square().mean(1), torch.ones_like(pixel[:, 0]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dynamic_tanh_by_its_formula(shape):
+    by_formula(DyT(6, alpha=0.3), shape, lambda x, axes: np.tanh(np.float32(0.3).astype(np.float64) * x))
+    norm = DyT(6).double()
+    norm(activations(shape)).square().sum().backward()
+    assert norm.slope.grad.abs() > 0
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cumulative_batch_norm_is_torchs(shape):
+    assert_same(BatchNorm(6, momentum=None), TORCH_BN[len(shape)](6, momentum=None), shape)
