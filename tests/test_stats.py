@@ -3,13 +3,16 @@
 import csv
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from scipy import stats as scipy_stats
 
 from normbench.identity import short_names
 from normbench.plan import Plan
@@ -128,6 +131,34 @@ def test_a_folder_is_read_with_its_counts_and_pairs(
     assert list(acc)[: len(TABLE_HEAD)] == TABLE_HEAD
 
 
+def test_a_rows_numbers_are_scipys(monkeypatch: pytest.MonkeyPatch) -> None:
+    two_arms(Path("st"), shift=0.001)
+    for n in (0, 1, 2):
+        path = Path(f"st/mbn-stride4-hash/s{n}/session.json")
+        path.write_text(path.read_text().replace('"ok"', '"diverged"'))
+    run(monkeypatch, "st")
+    acc, time = comparisons(Path("st"))
+    rows = pd.read_csv("st/results.csv")
+    x, y = (
+        rows[rows["arm"] == arm].sort_values("session")["test_acc"].to_numpy()
+        for arm in ("obn", "mbn-stride4")
+    )
+    paired, welch = scipy_stats.ttest_rel(y, x), scipy_stats.ttest_ind(y, x, equal_var=False)
+    low, high = paired.confidence_interval()
+    expected = {
+        "mean_baseline": x.mean(), "sd_treatment": y.std(ddof=1), "diff": (y - x).mean(), "ci_low": low,
+        "ci_high": high, "welch_t": welch.statistic, "welch_df": welch.df, "welch_p": welch.pvalue,
+        "student_p": scipy_stats.ttest_ind(y, x).pvalue, "paired_t": paired.statistic,
+        "paired_p": paired.pvalue, "paired_r": scipy_stats.pearsonr(x, y).statistic, "p": paired.pvalue,
+        "rank_p": scipy_stats.wilcoxon(y - x).pvalue,
+        "fisher_p": scipy_stats.fisher_exact([[0, 12], [3, 9]]).pvalue,
+        "lag1_diff": np.corrcoef((y - x)[1:], (y - x)[:-1])[0, 1],
+        "drift_baseline": scipy_stats.spearmanr(np.arange(12), x).statistic,
+        "p_holm": max(min(1, 2 * min(number(acc, "p"), number(time, "p"))), number(acc, "p")),
+    }  # fmt: skip
+    assert {name: number(acc, name) for name in expected} == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
 def test_pairs_are_decided_from_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     two_arms(Path("st"))
     for path in Path("st/mbn-stride4-hash").glob("*/session.json"):
@@ -196,6 +227,9 @@ def test_missing_sessions_are_counted_against_the_plan(
     assert "st: 6 of 10 sessions: 6 ok\n" in said
     assert "missing: obn-hash/s3, mbn-stride4-hash/s3, obn-hash/s4, mbn-stride4-hash/s4" in said
     assert comparisons(Path("st"))[0]["n_expected"] == "5"
+    shutil.rmtree("st/mbn-stride4-hash")
+    run(monkeypatch, "st")
+    assert "st: 3 of 10 sessions: 3 ok\n" in capsys.readouterr().out
 
 
 def test_the_control_comes_first_and_its_failure_flags_every_verdict(

@@ -438,3 +438,11 @@ def test_the_last_look_sees_everything_though_a_session_is_missing() -> None:
     c = one(x, y, pairs=True, options=Options(resamples=99, looks=Looks(12, (6, 12))))
     assert c.looks == "6, 12 of 12" and c.verdict == "different"
     assert c.ci_low < c.diff < c.ci_high
+
+
+def test_times_worth_too_few_sessions_are_not_ranked() -> None:
+    trend = np.linspace(0, 1, 30)
+    arms = {name: normal(30, 1.0 + i, i) + trend for i, name in enumerate(("obn", "gn", "ln"))}
+    analysis = judged(arms, "epoch_time_s")
+    assert {c.verdict for c in analysis.comparisons} == {"not comparable"}
+    assert not analysis.groups[0].ranking and not analysis.groups[0].omnibus

@@ -14,11 +14,10 @@ from statsmodels.stats.oneway import anova_generic
 
 from normbench.stats.arms import Arm, Match
 from normbench.stats.comparison import Comparison, Options, compare
-from normbench.stats.estimates import no_spread
-from normbench.stats.inputs import ENDED, Sessions, labels_of
+from normbench.stats.inputs import Sessions, labels_of
 from normbench.stats.metrics import Metric
 from normbench.stats.primary import Primary
-from normbench.stats.series import Floats, effective_n, spread_of
+from normbench.stats.series import Floats, effective_n, has_spread, spread_of
 from normbench.stats.verdicts import DIFFERENT, FEWEST, FEWEST_EFFECTIVE, decide
 from normbench.values import Refused, nearest
 
@@ -104,11 +103,15 @@ def analyse(
         if (arms := arms_of(sessions, rows))
     ]
     pairs = [(group, b, t, control) for group in groups for b, t, control in pairs_of(group)]
-    tests = [(*pair, metric) for pair in pairs for metric in metrics]
-    able = [not Match.of(group.arms[b], group.arms[t], m).obstacle() for group, b, t, _, m in tests]
+    tests = [
+        (group, Match.of(group.arms[b], group.arms[t], metric), control)
+        for group, b, t, control in pairs
+        for metric in metrics
+    ]
+    family = max(1, sum(not match.obstacle() for _, match, _ in tests))
     comparisons = []
-    for group, b, t, control, metric in tests:
-        made = compare(group.arms[b], group.arms[t], metric, options, max(1, sum(able)), control)
+    for group, match, control in tests:
+        made = compare(match, options, family, control)
         made.group = group.name
         comparisons.append(made)
     correct(comparisons)
@@ -251,7 +254,7 @@ def rank(analysis: Analysis) -> None:
             arms = [group.arms[label] for label in best_first]
             pairs = itertools.combinations(range(len(arms)), 2)
             matches = {(i, j): Match.of(arms[i], arms[j], metric) for i, j in pairs}
-            if any(match.obstacle() for match in matches.values()):
+            if not all(comparable(match) for match in matches.values()):
                 continue
             if omnibus := welch_anova(list(values.values()), metric.is_time):
                 group.omnibus[metric.name] = omnibus
@@ -266,9 +269,16 @@ def rank(analysis: Analysis) -> None:
         ]
 
 
+def comparable(match: Match) -> bool:
+    """Whether nothing keeps two arms from being ranked: rule 1 of the verdicts."""
+    if match.obstacle():
+        return False
+    return not match.metric.is_time or min(w.sessions for w in match.worth()) >= FEWEST_EFFECTIVE
+
+
 def welch_anova(arms: Sequence[Floats], is_time: bool) -> Omnibus | None:
     """Welch's ANOVA, for times with effective sessions; None where an arm has no spread or too few."""
-    if any(x.size < FEWEST or no_spread([x], float(np.abs(x).max())) for x in arms):
+    if any(x.size < FEWEST or not has_spread(x) for x in arms):
         return None
     n = [float(effective_n(x)) if is_time else float(x.size) for x in arms]
     if is_time and min(n) < FEWEST_EFFECTIVE:
@@ -299,8 +309,3 @@ def share_letters(n: int, apart: set[tuple[int, int]]) -> list[str]:
         for k in column:
             letters[k] += chr(ord("a") + number) if number < 26 else f"({number + 1})"
     return letters
-
-
-def ended(rows: pd.DataFrame) -> int:
-    """Sessions with a result."""
-    return int(rows["status"].isin(ENDED).sum()) if "status" in rows else len(rows)

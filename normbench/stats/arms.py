@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from normbench.stats.estimates import no_spread
+from normbench.stats.estimates import CAUTION, still
 from normbench.stats.inputs import ENDED
 from normbench.stats.metrics import Metric
-from normbench.stats.series import Floats
-from normbench.stats.survival import Reached
+from normbench.stats.series import Floats, effective_n, lag1
+from normbench.stats.survival import Reached, horizon_of
 from normbench.stats.verdicts import FEWEST, FEWEST_TIMES
 
 # with equal seed and session: equal weights, batches and augmentation
@@ -89,6 +89,21 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Worth:
+    """A series of n sessions, how alike successive ones are, and how many independent ones it is worth."""
+
+    name: str
+    lag1: float
+    n: int
+    sessions: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: lag-1 autocorrelation {self.lag1:.2f}, {self.n} sessions worth {self.sessions:.1f}"
+        )
+
+
+@dataclass(frozen=True)
 class Match:
     """Which sessions of two arms are compared in one metric: in pairs, or each arm by itself."""
 
@@ -147,6 +162,22 @@ class Match:
             sides.append(Reached(time, there))
         return sides[0], sides[1]
 
+    def series(self) -> tuple[Floats, Floats]:
+        """`sides`, times to a target cut at the horizon up to which both arms' are known."""
+        x, y = self.sides()
+        if self.metric.is_until:
+            horizon = horizon_of(*self.reached())
+            return np.minimum(x, horizon), np.minimum(y, horizon)
+        return x, y
+
+    def worth(self) -> list[Worth]:
+        """How many independent sessions the series are worth that the serial test rests on."""
+        x, y = self.series()
+        if self.is_paired:
+            return [Worth("the differences", float(lag1(y - x)), x.size, float(effective_n(y - x, CAUTION)))]
+        named = ((self.b.label, x), (self.t.label, y))
+        return [Worth(name, float(lag1(side)), side.size, float(effective_n(side))) for name, side in named]
+
     def obstacle(self) -> str:
         """Why the arms cannot be compared at all; empty where they can."""
         for column in ("dataset", *(SAME_MACHINE if self.metric.is_time else ())):
@@ -170,8 +201,7 @@ class Match:
             return ""
         if n < FEWEST_TIMES:
             return f"too few sessions: {n} times cannot show how alike they are, {FEWEST_TIMES} needed"
-        size = max(float(np.abs(x).max()), float(np.abs(y).max()))
-        if no_spread([y - x] if self.is_paired else [x, y], size):
+        if still(x, y, self.is_paired):
             return "no spread: times that never differ cannot show how alike they are"
         return ""
 

@@ -10,12 +10,12 @@ from scipy import stats as scipy_stats
 
 from normbench.stats import estimates, survival
 from normbench.stats.arms import Arm, Match
-from normbench.stats.estimates import Estimate, no_spread
+from normbench.stats.estimates import Estimate, still
 from normbench.stats.metrics import Metric
 from normbench.stats.planning import sessions_for_difference, sessions_for_equivalence
 from normbench.stats.primary import Primary, choose_test
 from normbench.stats.sequential import Looks, levels, sequential_p
-from normbench.stats.series import Floats, drift, effective_n, lag1
+from normbench.stats.series import Floats, drift, effective_n, has_spread, lag1
 from normbench.stats.verdicts import FEWEST, FEWEST_EFFECTIVE, FEWEST_IDENTICAL, FEWEST_TIMES
 from normbench.values import Refused
 
@@ -127,12 +127,10 @@ class Comparison:
     estimate: Estimate | None = field(default=None, metadata={"inside": True})
 
 
-def compare(
-    b: Arm, t: Arm, metric: Metric, options: Options, family: int = 1, control: bool = False
-) -> Comparison:
+def compare(match: Match, options: Options, family: int = 1, control: bool = False) -> Comparison:
     """Everything but Holm's correction and the verdict; `family` is the number of tests the command makes."""
+    b, t, metric = match.b, match.t, match.metric
     c = Comparison(metric.name, b.label, t.label, control=control)
-    match = Match.of(b, t, metric)
     x, y = match.sides()
     count_sessions(c, b, t)
     describe(c, b, t, metric, options)
@@ -154,7 +152,7 @@ def compare(
     primary = Primary.of(match, seed=options.seed)
     conclude(c, primary, match, options, family)
     if options.looks:
-        look(c, match, options)
+        look(c, match, options, options.looks)
     if shut_out:
         c.p = c.tost_p = NAN
     return c
@@ -178,33 +176,30 @@ def conclude(c: Comparison, primary: Primary, match: Match, options: Options, fa
     alpha, is_paired = options.alpha / family, match.is_paired
     c.min_detectable = estimate.detectable(alpha, options.power)
     n = c.pairs if is_paired else min(c.n_baseline, c.n_treatment)
-    spread = float(estimate.se) * math.sqrt(
-        n if is_paired else n / 2
-    )  # of sessions worth what these are worth
-    if c.margin == c.margin and abs(c.diff) < c.margin:
+    spread = float(estimate.se) * math.sqrt(n if is_paired else n / 2)  # of sessions worth what these are
+    if abs(c.diff) < c.margin:
         needed = sessions_for_equivalence(spread, c.margin, alpha, options.power, is_paired)
     else:
         needed = sessions_for_difference(spread, c.diff, alpha, options.power, is_paired)
     c.n_needed = math.inf if needed is None else max(needed, n + 1)
 
 
-def look(c: Comparison, match: Match, options: Options) -> None:
+def look(c: Comparison, match: Match, options: Options, looks: Looks) -> None:
     """Replace p, tost_p and the interval by those that hold over all looks so far.
 
     A look after n sessions sees the first n places, whatever became of their sessions.
     """
-    assert options.looks is not None
-    seen = options.looks.up_to(match.last_place)
+    seen = looks.up_to(match.last_place)
     fewest = FEWEST_TIMES if match.metric.is_time else FEWEST
     primaries = [
         Primary.of(match, n, options.seed) if min(side.size for side in match.sides(n)) >= fewest else None
         for n in seen.at
     ]
     c.p = sequential_p([primary.p if primary else 1.0 for primary in primaries], seen.fractions)
-    if c.margin == c.margin:
+    if not math.isnan(c.margin):
         tosts = [primary.tost(c.margin) if primary else 1.0 for primary in primaries]
         c.tost_p = sequential_p(tosts, seen.fractions, two_sided=False)
-    c.looks = f"{', '.join(map(str, seen.at)) or 'none yet'} of {options.looks.planned}"
+    c.looks = f"{', '.join(map(str, seen.at)) or 'none yet'} of {looks.planned}"
     c.ci_low = c.ci_high = NAN
     if primaries and (last := primaries[-1]) and not last.flat:
         level = levels(options.alpha, seen.fractions)[-1]
@@ -257,42 +252,28 @@ def sd(x: Floats) -> float:
 
 def binomial_se(accuracy: float, images: int | None) -> float:
     """√(p (1 − p) / images): how much a score on so many images varies by the choice of images."""
-    return math.sqrt(max(accuracy * (1 - accuracy), 0.0) / images) if images and accuracy == accuracy else NAN
+    return math.sqrt(max(accuracy * (1 - accuracy), 0.0) / images) if images else NAN
 
 
 def series(c: Comparison, match: Match) -> None:
     """What the order of the sessions says; a time worth fewer than three sessions is an obstacle."""
     metric, is_paired = match.metric, match.is_paired
-    x, y = (arm.values(metric.name) for arm in (match.b, match.t))
-    px, py = match.sides()
-    if metric.is_until:
-        horizon = survival.horizon_of(*match.reached())
-        x, y, px, py = (np.minimum(side, horizon) for side in (x, y, px, py))
+    px, py = match.series()
+    x, y = (px, py) if metric.is_until else (match.b.values(c.metric), match.t.values(c.metric))
     c.lag1_baseline, c.lag1_treatment = float(lag1(x)), float(lag1(y))
     c.ess_baseline, c.ess_treatment = float(effective_n(x)), float(effective_n(y))
     drifts = {c.baseline: drift(x), c.treatment: drift(y)}
     c.drift_baseline, c.drift_treatment = (rho for rho, _ in drifts.values())
     c.repeats = also(c.repeats, drift_words(drifts, metric))
+    worth = match.worth()
     if is_paired:
-        c.lag1_diff, c.ess_diff = float(lag1(py - px)), float(effective_n(py - px, estimates.CAUTION))
+        c.lag1_diff, c.ess_diff = worth[0].lag1, worth[0].sessions
     test, _ = choose_test(is_paired, is_time=True)
-    size = max(float(np.abs(px).max()), float(np.abs(py).max()))
-    still = no_spread([py - px] if is_paired else [px, py], size)
-    c.ess_p = NAN if still else float(test(px, py).p)
+    c.ess_p = NAN if still(px, py, is_paired) else float(test(px, py).p)
     if not metric.is_time or c.obstacle:
         return
-    used = {
-        c.baseline: (c.lag1_baseline, c.ess_baseline, px.size),
-        c.treatment: (c.lag1_treatment, c.ess_treatment, py.size),
-    }
-    if is_paired:
-        used = {"the differences": (c.lag1_diff, c.ess_diff, px.size)}
-    words = [
-        f"{name}: lag-1 autocorrelation {r:.2f}, {n} sessions worth {ess:.1f}"
-        for name, (r, ess, n) in used.items()
-        if ess < 0.9 * n
-    ]
-    if min(ess for _, ess, _ in used.values()) < FEWEST_EFFECTIVE:
+    words = [str(w) for w in worth if w.sessions < 0.9 * w.n]
+    if min(w.sessions for w in worth) < FEWEST_EFFECTIVE:
         c.obstacle = f"too few independent times: {'; '.join(words)}, {FEWEST_EFFECTIVE:g} needed"
     else:
         c.repeats = also(c.repeats, *words)
@@ -310,16 +291,15 @@ def usual_tests(c: Comparison, match: Match) -> None:
     """The tests a reader may look for, whatever decides; NaN where arms without spread leave none."""
     x, y = (arm.values(c.metric) for arm in (match.b, match.t))
     px, py = match.sides()
-    size = max(float(np.abs(x).max()), float(np.abs(y).max()))
-    if not no_spread([x, y], size):
+    if not still(x, y, is_paired=False):
         welch = estimates.welch(x, y)
         c.welch_t, c.welch_df, c.welch_p = float(welch.t), float(welch.df), float(welch.p)
         c.student_p = float(estimates.student(x, y).p)
         c.hedges_g = estimates.hedges_g(x, y)
-    if match.is_paired and not no_spread([py - px], size):
+    if match.is_paired and not still(px, py, is_paired=True):
         paired = estimates.paired(px, py)
         c.paired_t, c.paired_p = float(paired.t), float(paired.p)
-    if match.is_paired and px.size > 2 and not (no_spread([px], size) or no_spread([py], size)):
+    if match.is_paired and px.size > 2 and has_spread(px) and has_spread(py):
         c.paired_r = float(np.corrcoef(px, py)[0, 1])
     c.rank_test, c.rank_p = estimates.rank_test(px, py, match.is_paired)
 

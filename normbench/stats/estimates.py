@@ -7,7 +7,6 @@ baseline.
 
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,15 +15,16 @@ import numpy as np
 from scipy import stats as scipy_stats
 from scipy.optimize import brentq
 
-from normbench.stats.series import Floats, effective_n, spread_of
+from normbench.stats.series import Floats, effective_n, has_spread, spread_of
 
-ROUNDING = 1e-12  # of their size: values that differ by less are equal
 CAUTION = 0.5  # standard errors added to the lag-1 correlation of differences; docs/calibration.md says why
 
 
-def no_spread(sides: Sequence[Floats], size: float) -> bool:
-    """Whether no side varies by more than rounding, for values of this size."""
-    return all(float(np.ptp(side)) <= ROUNDING * size for side in sides)
+def still(baseline: Floats, treatment: Floats, is_paired: bool) -> bool:
+    """Whether nothing varies but by rounding: neither arm, or where paired no difference."""
+    size = max(float(np.abs(baseline).max()), float(np.abs(treatment).max()))
+    sides = [treatment - baseline] if is_paired else [baseline, treatment]
+    return not any(has_spread(side, size) for side in sides)
 
 
 @dataclass(frozen=True)
@@ -193,18 +193,16 @@ def bca(baseline: Floats, treatment: Floats, is_paired: bool, alpha: float, seed
     """
     sides = (treatment - baseline,) if is_paired else (treatment, baseline)
     sizes = [side.size for side in sides]
-    size = max(float(np.abs(baseline).max()), float(np.abs(treatment).max()))
-    if resamples < 1 or min(sizes) < 3 or max(sizes) > 1000 or any(no_spread([side], size) for side in sides):
+    flat = still(baseline, treatment, True) if is_paired else not all(has_spread(side) for side in sides)
+    if resamples < 1 or min(sizes) < 3 or max(sizes) > 1000 or flat:
         return math.nan, math.nan
 
     def difference(*samples: Floats, axis: int = -1) -> Floats:
         means = [sample.mean(axis=axis) for sample in samples]
         return np.asarray(means[0] if is_paired else means[0] - means[1])
 
-    with (
-        warnings.catch_warnings(),
-        np.errstate(all="ignore"),
-    ):  # a degenerate resample makes NaN, which says it
+    # a degenerate resample makes NaN, which says it
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore", scipy_stats.DegenerateDataWarning)
         result: Any = scipy_stats.bootstrap(
             sides, difference, method="BCa", confidence_level=1 - alpha, vectorized=True,

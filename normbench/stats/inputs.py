@@ -152,9 +152,8 @@ def read_file(path: Path, columns: Sequence[str], by: Sequence[str], everything:
     rows["key"] = (study + rows["setting"].astype(str)).astype("category")
     unique = rows.drop_duplicates("key")
     keys = dict(zip(unique["key"].astype(str), unique["setting"].astype(str), strict=True))
-    sessions.expected = {
-        key: sessions.expected[name] for key, name in keys.items() if name in sessions.expected
-    }
+    key_of = {name: key for key, name in keys.items()}  # an arm without sessions is expected all the same
+    sessions.expected = {key_of.get(name, name): n for name, n in sessions.expected.items()}
     sessions.images = {key: images_of(path.parent / name) for key, name in keys.items()}
     return sessions
 
@@ -235,7 +234,7 @@ def study_rows(path: Path) -> pd.DataFrame:
     for column in ("total_time_s", "test_acc"):
         rows[column] = as_numbers(path, rows[column].rename({v: k for k, v in STUDY_FORMAT.items()}[column]))
     if (rows["test_acc"] > 1).any():
-        at = int(np.argmax((rows["test_acc"] > 1).to_numpy()))
+        at = first(rows["test_acc"] > 1)
         raise Refused(
             f"{path}, line {at + 2}: Accuracy={rows['test_acc'].iloc[at]:g} must be a fraction from 0 to 1"
         )

@@ -7,8 +7,8 @@ import numpy as np
 
 from normbench.stats import estimates, survival
 from normbench.stats.arms import Match
-from normbench.stats.estimates import ROUNDING, Estimate, no_spread
-from normbench.stats.series import Floats, effective_n
+from normbench.stats.estimates import Estimate, still
+from normbench.stats.series import Floats, effective_n, has_spread
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,10 @@ class Primary:
         """Welch's or the paired t; without spread the exact permutation test."""
         test, name = choose_test(is_paired, is_time)
         estimate = test(x, y)
-        size = max(float(np.abs(x).max()), float(np.abs(y).max()))
-        if not no_spread([y - x] if is_paired else [x, y], size):
+        if not still(x, y, is_paired):
             return cls(name, estimate, float(estimate.p))
         least = estimates.permutation_p(x.size, y.size, is_paired)
-        same = abs(float(estimate.diff)) <= ROUNDING * size
+        same = not has_spread(np.array([x.mean(), y.mean()]))
         return cls("exact permutation", estimate, 1.0 if same else least, True, least)
 
     @classmethod

@@ -13,14 +13,15 @@ from scipy import stats as scipy_stats
 
 Floats = NDArray[np.float64]
 MOST = 0.999
+ROUNDING = 1e-12  # of their size: values that differ by less are equal
 
 
-def has_spread(x: Floats) -> NDArray[np.bool_]:
-    """Whether values differ by more than the rounding of their own size."""
+def has_spread(x: Floats, size: Floats | float | None = None) -> NDArray[np.bool_]:
+    """Whether values differ by more than the rounding of numbers of this size, by default their own."""
     if x.shape[-1] == 0:
         return np.zeros(x.shape[:-1], bool)
-    size = np.max(np.abs(x), axis=-1)
-    return np.asarray(np.max(x, axis=-1) - np.min(x, axis=-1) > 1e-12 * size)
+    size = np.max(np.abs(x), axis=-1) if size is None else size
+    return np.asarray(np.max(x, axis=-1) - np.min(x, axis=-1) > ROUNDING * size)
 
 
 def lag1(x: Floats) -> Floats:

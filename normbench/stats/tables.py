@@ -16,7 +16,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from normbench.plan import write_whole
-from normbench.stats.analysis import Analysis, Group, ended
+from normbench.results import finite
+from normbench.stats.analysis import Analysis, Group
 from normbench.stats.comparison import Comparison, binomial_se, images_of, sd
 from normbench.stats.metrics import Metric
 from normbench.stats.verdicts import DIFFERENT, EQUIVALENT, INCONCLUSIVE, NOT_COMPARABLE, shown_p
@@ -54,7 +55,7 @@ def opening(analysis: Analysis, where: str) -> list[str]:
         for status in ("diverged", "failed", "interrupted"):
             if names := names_of(analysis, status):
                 lines.append(f"{status}: {some(names)}")
-    if ended(rows) == 0:
+    if not any(arm.ended.any() for group in analysis.groups for arm in group.arms.values()):
         lines.append("no session has ended")
     baselines = ", ".join(dict.fromkeys(group.baseline for group in analysis.groups))
     shared = f"shared by {analysis.family} tests (Holm)" if analysis.family > 1 else "for one test"
@@ -310,17 +311,6 @@ def json_text(analysis: Analysis, where: str) -> str:
         ],
     }
     return json.dumps(finite(body), indent=1, ensure_ascii=False)
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write(analysis: Analysis, folder: Path) -> Path:

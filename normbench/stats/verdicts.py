@@ -23,6 +23,7 @@ permutation test. Comparisons that rule 1 shuts out before any value is looked a
 tests.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -101,7 +102,7 @@ def amount(c: Evidence) -> str:
     if c.diff == 0:
         return "no difference in the means"
     way = "higher" if c.diff > 0 else "lower"
-    between = "" if c.ci_low != c.ci_low else f" ({c.ci_low:+.3g} to {c.ci_high:+.3g})"
+    between = "" if math.isnan(c.ci_low) else f" ({c.ci_low:+.3g} to {c.ci_high:+.3g})"
     return f"{way} by {abs(c.diff):.3g}{between}"
 
 
@@ -116,7 +117,7 @@ def evidence(c: Evidence, family: int) -> str:
 
 def test_name(c: Evidence) -> str:
     """`paired t, r = 0.95`."""
-    return c.test if c.paired_r != c.paired_r or not c.pairs else f"{c.test}, r = {c.paired_r:.2f}"
+    return c.test if math.isnan(c.paired_r) else f"{c.test}, r = {c.paired_r:.2f}"
 
 
 def margin_test(c: Evidence) -> str:
@@ -136,18 +137,18 @@ def open_question(c: Evidence, alpha: float, within: bool, family: int) -> str:
         return f"{words}; within ±{c.margin:.3g}, but {c.unmeasured} ended sessions have no value"
     if c.looks:
         return f"{words}; looked at after {c.looks} planned sessions"
-    if c.min_detectable == c.min_detectable:
+    if not math.isnan(c.min_detectable):
         words += f"; these sessions find {c.min_detectable:.2g} or more"
     return f"{words}; {sessions_needed(c)}"
 
 
 def sessions_needed(c: Evidence) -> str:
     """How many sessions an arm would decide it."""
-    if c.n_needed != c.n_needed:
+    if math.isnan(c.n_needed):
         return "no number of sessions can be named"
-    if c.n_needed == float("inf"):
+    if c.n_needed == math.inf:
         return "no affordable number of sessions would tell this difference from none; state a margin"
-    if c.margin == c.margin and abs(c.diff) < c.margin:
+    if abs(c.diff) < c.margin:
         show = f"show equivalence within ±{c.margin:.3g}, if there is no difference"
         return f"about {c.n_needed:,.0f} an arm would {show}"
     return f"about {c.n_needed:,.0f} an arm would find it, if it is real"
