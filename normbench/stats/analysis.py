@@ -17,7 +17,7 @@ from normbench.stats.comparison import Comparison, Options, compare
 from normbench.stats.inputs import Sessions, labels_of
 from normbench.stats.metrics import Metric
 from normbench.stats.primary import Primary
-from normbench.stats.series import Floats, effective_n, has_spread, spread_of
+from normbench.stats.series import Floats, has_spread, variance_and_worth
 from normbench.stats.verdicts import DIFFERENT, FEWEST, FEWEST_EFFECTIVE, decide
 from normbench.values import Refused, nearest
 
@@ -280,13 +280,9 @@ def welch_anova(arms: Sequence[Floats], is_time: bool) -> Omnibus | None:
     """Welch's ANOVA, for times with effective sessions; None where an arm has no spread or too few."""
     if any(x.size < FEWEST or not has_spread(x) for x in arms):
         return None
-    n = [float(effective_n(x)) if is_time else float(x.size) for x in arms]
+    variances, n = zip(*(variance_and_worth(x, is_time) for x in arms), strict=True)
     if is_time and min(n) < FEWEST_EFFECTIVE:
         return None
-    variances = [
-        float(spread_of(x, np.asarray(m))) if is_time else float(x.var(ddof=1))
-        for x, m in zip(arms, n, strict=True)
-    ]
     result: Any = anova_generic(
         np.array([x.mean() for x in arms]), np.array(variances), np.array(n), use_var="unequal"
     )

@@ -6,9 +6,7 @@ nothing to draw; `draw` saves them all as PNG files. Heights grow with the numbe
 
 import io
 import math
-import os
 import re
-import tempfile
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -23,11 +21,12 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
+from normbench.plan import write_whole
 from normbench.stats.analysis import Analysis, Group
 from normbench.stats.arms import Arm, Match
 from normbench.stats.comparison import Comparison
 from normbench.stats.metrics import Metric
-from normbench.stats.series import Floats, effective_n, lag1, spread_of
+from normbench.stats.series import Floats, lag1, variance_and_worth
 from normbench.stats.survival import Reached
 from normbench.stats.tables import between, decimals, number, signed
 from normbench.stats.verdicts import (
@@ -82,15 +81,10 @@ def file_name(group: Group, metric: Metric, kind: str, taken: set[str]) -> str:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a PNG whole or not at all: beside it first, then renamed."""
+    """Write a PNG whole or not at all."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=DPI)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(image.getvalue())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    write_whole(path, image.getvalue())
     return path
 
 
@@ -247,10 +241,11 @@ def arms_of(group: Group) -> list[Arm]:
 
 def interval(x: Floats, metric: Metric, alpha: float) -> tuple[float, float]:
     """The 1 − alpha t interval of a mean, for times by effective sessions; NaN where too few."""
-    n = float(effective_n(x)) if metric.is_time and x.size else float(x.size)
-    if x.size < FEWEST or (metric.is_time and n < FEWEST_EFFECTIVE):
+    if x.size < FEWEST:
         return math.nan, math.nan
-    variance = float(spread_of(x, np.asarray(n))) if metric.is_time else float(x.var(ddof=1))
+    variance, n = variance_and_worth(x, metric.is_time)
+    if metric.is_time and n < FEWEST_EFFECTIVE:
+        return math.nan, math.nan
     half = float(scipy_stats.t.isf(alpha / 2, n - 1)) * math.sqrt(variance / n)
     return float(x.mean()) - half, float(x.mean()) + half
 

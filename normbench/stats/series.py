@@ -74,6 +74,14 @@ def spread_of(x: Floats, ess: Floats) -> Floats:
     return np.asarray(x.var(axis=-1) * n / scale)
 
 
+def variance_and_worth(x: Floats, is_time: bool) -> tuple[float, float]:
+    """The variance of one session, and how many (effective) sessions there are of it."""
+    if not is_time:
+        return float(x.var(ddof=1)), float(x.size)
+    worth = effective_n(x)
+    return float(spread_of(x, worth)), float(worth)
+
+
 def drift(x: Floats) -> tuple[float, float]:
     """Spearman's rank correlation of one series with its order, and its p value; NaN without spread."""
     if x.size < 3 or not has_spread(x):
