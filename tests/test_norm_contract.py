@@ -10,6 +10,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from normbench.models.placing import takes_spatial_shape
+
 CONF = Path(__file__).parents[1] / "conf" / "norm"
 # `custom` names no layer: its `_target_` is the user's to give
 NAMES = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "custom")
@@ -30,9 +32,17 @@ def options(name: str) -> dict[str, object]:
     return OmegaConf.to_container(config, resolve=True)
 
 
-def build(name: str, num_features: int, dtype: torch.dtype = torch.float64, **changes: object) -> nn.Module:
+def build(
+    name: str,
+    num_features: int,
+    dtype: torch.dtype = torch.float64,
+    spatial_shape: tuple[int, ...] = (5, 3),
+    **changes: object,
+) -> nn.Module:
     """The layer with parameters away from one and zero, which would hide half the bugs."""
-    norm = instantiate(options(name) | changes)(num_features).to(dtype)
+    make = instantiate(options(name) | changes)
+    sized = {"spatial_shape": spatial_shape} if takes_spatial_shape(make) else {}
+    norm = make(num_features, **sized).to(dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in norm.parameters():
