@@ -1,4 +1,4 @@
-"""The sweeper that Hydra finds: hands every command to `normbench.sweep`, which plans and runs it."""
+"""The sweeper that Hydra finds: hands every command to the door that was opened."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ ConfigStore.instance().store(group="hydra/sweeper", name="normbench", node=Plann
 
 
 class PlannedSweeper(Sweeper):
-    """Session-major sweeps from a written plan, arms shuffled within each session."""
+    """Every value of every swept key, by the rules of the door."""
 
     context: HydraContext
     launcher: Launcher
@@ -34,9 +34,15 @@ class PlannedSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Plan and run the command."""
+        """Run the command: `train` plans sessions and launches them, `audit` looks at its layers here."""
         from normbench.config import Composer
-        from normbench.sweep import sweep
 
         composer = Composer(self.context.config_loader, self.config)
-        sweep(composer, self.launcher, self.config, arguments)
+        if composer.door == "audit":
+            from normbench.audit import door
+
+            door.run(composer, self.config, arguments)
+        else:
+            from normbench import sweep
+
+            sweep.sweep(composer, self.launcher, self.config, arguments)

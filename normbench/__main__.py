@@ -11,10 +11,11 @@ from normbench.values import nearest
 
 DOORS = {
     "train": "train one session, or a sweep of them",
+    "audit": "check one norm layer, yours included, against the contract",
     "stats": "compare the arms of a study",
     "results": "rebuild results.csv from the sessions' own files",
 }
-HYDRA_DOORS = ("train",)
+HYDRA_DOORS = ("train", "audit")
 
 
 def main() -> None:

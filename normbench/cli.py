@@ -45,7 +45,7 @@ def run(door: str) -> None:
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, Refused, OSError) as error:
         if traceback_wanted:
             raise
-        refuse(door, explain(error))
+        refuse(door, explain(error, door))
     finally:
         if not traceback_wanted:
             del os.environ["HYDRA_FULL_ERROR"]
@@ -76,7 +76,7 @@ def is_override(argument: str) -> bool:
     return "=" in argument and not argument.startswith("-")
 
 
-def explain(error: Exception) -> str:
+def explain(error: Exception, door: str) -> str:
     """One line in our words for a composition error of Hydra's."""
     if isinstance(error, MissingConfigException) and error.options is not None:
         path = str(error.missing_cfg_file)
@@ -90,15 +90,15 @@ def explain(error: Exception) -> str:
         return line_of(error)
     message = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, ConfigCompositionException):
-        return explain_composition(message, error)
+        return explain_composition(message, error, door)
     return message
 
 
-def explain_composition(message: str, error: Exception) -> str:
+def explain_composition(message: str, error: Exception, door: str) -> str:
     """`Could not override 'epoch'.` becomes `unknown key 'epoch'; did you mean 'epochs'?`."""
     match = re.match(r"Could not override '([^'@]+)", message)
     if match:
-        key, owners = match[1], legal_keys()
+        key, owners = match[1], legal_keys(door)
         if owners.get(key):
             group = key.partition(".")[0]
             return f"{key}: the chosen {group} has no such key; {group}={','.join(owners[key])} has it"
@@ -108,12 +108,17 @@ def explain_composition(message: str, error: Exception) -> str:
     return message
 
 
-def legal_keys() -> dict[str, list[str]]:
-    """Every key that some choice of `conf/` has, with the options that have it."""
+def legal_keys(door: str) -> dict[str, list[str]]:
+    """Every key that some choice of `conf/` has in this door, with the options that have it."""
     keys: dict[str, list[str]] = {}
+    defaults = OmegaConf.load(conf_dir() / f"{door}.yaml").defaults
+    chosen = {str(group) for entry in defaults if OmegaConf.is_config(entry) for group in entry}
     for file in sorted(conf_dir().rglob("*.yaml")):
-        group = file.relative_to(conf_dir()).parent.as_posix().replace("/", ".").strip(".")
-        if group.startswith(("hydra", "study")):
+        folder = file.relative_to(conf_dir()).parent.as_posix()
+        group = folder.replace("/", ".").strip(".")
+        if folder.split("/")[0] not in chosen if group else file.stem != door:
+            continue
+        if group.startswith("study"):
             continue
         if group:
             keys.setdefault(group, [])

@@ -78,6 +78,7 @@ class Composer:
         self.loader = loader
         self.hydra_overrides: list[str] = list(master.hydra.overrides.hydra)
         self.door: str = master.hydra.job.config_name
+        self.groups = ("norm",) if self.door == "audit" else GROUPS
         self.schemas: dict[tuple[tuple[str, str], ...], Values] = {}
         self.choices: dict[tuple[str, ...], dict[str, str]] = {}
 
@@ -96,7 +97,10 @@ class Composer:
 
     def packaged(self, values: Values, choices: Mapping[str, str]) -> dict[str, str]:
         """The choices with a user's own batch, optim and schedule files replaced by ours of the same name."""
-        packaged, optim = dict(choices), values["optim"]
+        packaged = dict(choices)
+        if "optim" not in choices:
+            return packaged
+        optim = values["optim"]
         if not self.own("batch", choices["batch"]):
             packaged["batch"] = self.choices_of()["batch"]
         for group, node in (("optim", optim), ("optim/schedule", optim.get("schedule", {}))):
@@ -119,7 +123,7 @@ class Composer:
         """The option that every group has with these overrides."""
         if overrides not in self.choices:
             choices = self.load(overrides).hydra.runtime.choices
-            self.choices[overrides] = {group: str(choices.get(group)) for group in GROUPS}
+            self.choices[overrides] = {group: str(choices.get(group)) for group in self.groups}
         return self.choices[overrides]
 
     def own(self, group: str, option: str) -> bool:
@@ -129,7 +133,7 @@ class Composer:
     def compose(self, overrides: Sequence[str]) -> tuple[Values, dict[str, str]]:
         """Checked, resolved values and the chosen option of every group; Refused names what is wrong."""
         cfg = self.load(overrides)
-        choices = {group: str(cfg.hydra.runtime.choices.get(group)) for group in GROUPS}
+        choices = {group: str(cfg.hydra.runtime.choices.get(group)) for group in self.groups}
         for group, option in choices.items():
             options = self.loader.get_group_options(group)
             if option == "None":
@@ -140,7 +144,9 @@ class Composer:
         schema = self.schema(self.packaged(values, choices))
         judged_elsewhere = choices["norm"] == "custom" or not self.own("norm", choices["norm"])
         self.check(values, schema, skip="norm." if judged_elsewhere else None)
-        check_together(values, choices)
+        check_norm(values, choices)
+        if self.door == "train":
+            check_together(values)
         return values, choices
 
     def check(self, values: Values, schema: Values, skip: str | None) -> None:
@@ -239,8 +245,8 @@ def norms_with_stride() -> list[str]:
     )
 
 
-def check_together(values: Values, choices: Mapping[str, str]) -> None:
-    """What no key can judge alone."""
+def check_norm(values: Values, choices: Mapping[str, str]) -> None:
+    """The norm with the root's shorthand."""
     norm, stride = choices["norm"], values["stride"]
     if stride is not None and "stride" not in values["norm"]:
         raise Refused(f"stride={stride}: norm={norm} has no stride; use {' or '.join(norms_with_stride())}, "
@@ -249,6 +255,10 @@ def check_together(values: Values, choices: Mapping[str, str]) -> None:
         raise Refused(f"stride={stride} contradicts norm.stride={values['norm']['stride']}; set one of them")
     if norm == "custom" and values["norm"].get("_target_") in (None, "???"):
         raise Refused("norm=custom needs the layer's class: norm._target_=my_package.MyNorm")
+
+
+def check_together(values: Values) -> None:
+    """What no key can judge alone."""
     if values["steps"] is None and values["epochs"] is None:
         raise Refused("epochs=null and steps=null; give one of them")
     if values["steps"] is not None and values["epochs"] is not None:

@@ -2,7 +2,7 @@
 
 In: the chosen names of model, dataset and norm, and every value that can change a result, as written. Out:
 the study that asked, the session and seed, shorthands, and where and how it runs. null and false are left
-out, so a key added later with one of them as its default renames nothing.
+out, so a key added later with one of them as its default renames nothing; LATER names the others.
 """
 
 import hashlib
@@ -21,6 +21,8 @@ OUTSIDE = {
     "stride",  # folded into norm.stride
     *("threads", "data_dir", "out", "tensorboard", "save_model", "dataset.download", "dataset.workers"),
 }
+# keys added later whose default is a word: left out at it
+LATER = {"model.weight": "none", "norm.sample": "stride"}
 MAX_ID = 160  # with the hash and a seed's prefix well below what a file name may have
 
 
@@ -69,8 +71,8 @@ def digest_of(kept: Values) -> str:
 
 
 def value_of(kept: Values, key: str) -> Any:
-    """What is left out is false or null."""
-    return kept.get(key, False)
+    """What is left out is false or null, or the word in LATER."""
+    return kept.get(key, LATER.get(key, False))
 
 
 def short_names(ids: Mapping[str, str]) -> dict[str, str]:
@@ -97,7 +99,8 @@ def result_changing(values: Values, choices: Mapping[str, str]) -> Values:
             every = interval(key, value, unit)
             value = f"{every.count}{every.unit}"
         value = canonical(key, value)
-        if value is not None and value is not False:
+        later = None if key.startswith("norm.") and choices["norm"] == "custom" else LATER.get(key)
+        if value is not None and value is not False and value != later:
             kept[key] = value
     return kept
 
@@ -113,7 +116,7 @@ def canonical(key: str, value: Any) -> Any:
 
 SHORT = {"batch.size": "bs", "optim.name": "", "optim.schedule.name": "", "optim.weight_decay": "wd",
          "optim.momentum": "sgd_momentum", "optim.eps": "adam_eps", "precision": "", "select": "",
-         "device": "", "norm._target_": ""}  # fmt: skip
+         "device": "", "norm._target_": "", "model.weight": ""}  # fmt: skip
 
 
 def word(key: str, kept: Values) -> str:

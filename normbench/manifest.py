@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from normbench.building import make
+from normbench.models.placing import takes
+from normbench.models.weights import GAINS
 
 PROBE_SAMPLES = 8
 
@@ -176,25 +178,27 @@ def _acts(norm: Mapping[str, Any], option: str, default: Any, at: LayerObservati
     probe = at.probe.float()
     with torch.random.fork_rng(devices=[]):
         try:
-            twin = make({**norm, option: default})(at.shape[1]).to(probe.device)
+            maker = make({**norm, option: default})
+            sized = {"spatial_shape": at.shape[2:]} if takes(maker, "spatial_shape") else {}
+            twin = maker(at.shape[1], **sized).to(probe.device)
             twin.load_state_dict(at.layer.state_dict())
             return any(
-                _differ(_behaviour(at.layer, x, batches), _behaviour(twin, x, batches))
-                for batches in _telling_counts(norm)
+                differ(behaviour(at.layer, x, batches), behaviour(twin, x, batches))
+                for batches in telling_counts(norm)
                 for x in (probe, 8 * probe + 3)
             )
         except (ValueError, TypeError, RuntimeError):
             return True  # the default does not even work beside the other options, so the option matters
 
 
-def _telling_counts(norm: Mapping[str, Any]) -> list[int | None]:
+def telling_counts(norm: Mapping[str, Any]) -> list[int | None]:
     """Counts of batches at which a warm-up or ramp may show: around every whole number among the options."""
     numbers = {v for v in norm.values() if isinstance(v, int) and not isinstance(v, bool) and v > 1}
     return [None, *sorted({max(0, n + d) for n in numbers for d in (-1, 0, 1)})]
 
 
-def _behaviour(layer: nn.Module, x: Tensor, batches: int | None) -> tuple[dict[str, Tensor], list[Any]]:
-    """The tensors and facts of a training and an evaluation step by which two layers can be told apart."""
+def behaviour(layer: nn.Module, x: Tensor, batches: int | None) -> tuple[dict[str, Tensor], list[Any]]:
+    """The tensors and facts of training and evaluation steps by which two layers can be told apart."""
     layer = copy.deepcopy(layer)
     layer.zero_grad()
     seen = dict(layer.named_buffers()).get("num_batches_tracked")
@@ -211,6 +215,8 @@ def _behaviour(layer: nn.Module, x: Tensor, batches: int | None) -> tuple[dict[s
         y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y))
     tensors = {"output": y.detach(), "dx": x.grad if x.grad is not None else torch.zeros(0)}
     tensors |= {f"d{n}": p.grad for n, p in layer.named_parameters() if p.grad is not None}
+    for i, batch in enumerate((1.5 * x.detach(), x.detach().flip(0) - 1)):  # what earlier batches do
+        tensors[f"output {i + 2}"] = layer(batch).detach()
     tensors |= {n: b.clone() for n, b in layer.named_buffers()}
     layer.eval()
     with torch.no_grad():
@@ -218,7 +224,7 @@ def _behaviour(layer: nn.Module, x: Tensor, batches: int | None) -> tuple[dict[s
     return tensors, [recorder.running.ops, [n for n, p in layer.named_parameters() if p.requires_grad]]
 
 
-def _differ(a: tuple[dict[str, Tensor], list[Any]], b: tuple[dict[str, Tensor], list[Any]]) -> bool:
+def differ(a: tuple[dict[str, Tensor], list[Any]], b: tuple[dict[str, Tensor], list[Any]]) -> bool:
     return (
         a[1] != b[1]
         or a[0].keys() != b[0].keys()
@@ -230,7 +236,7 @@ class Still(NamedTuple):
     """Names of trainable parameters that training left as they were."""
 
     suspicious: list[str]
-    before_norm: list[str]  # conv and linear biases directly before a norm: zero gradient but for rounding
+    before_norm: list[str]  # biases and gains directly before a norm: zero gradient but for rounding
 
 
 def never_moved(
@@ -246,7 +252,7 @@ def never_moved(
         if p.requires_grad
         and (id(p) not in trained or name not in first or torch.equal(p.detach().cpu(), first[name]))
     ]
-    before_norm = {f"{at.fed_by}.bias" for at in observation.layers.values()}
+    before_norm = {f"{at.fed_by}.{name}" for at in observation.layers.values() for name in ("bias", *GAINS)}
     return Still([n for n in still if n not in before_norm], [n for n in still if n in before_norm])
 
 

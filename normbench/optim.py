@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from normbench.config import Values
+from normbench.models.weights import gains_of
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 NOT_OF_TORCH = {"name", "schedule", "weight_decay", "decay_norm", "decay_bias", "label_smoothing"}
@@ -19,17 +20,18 @@ def make_optimizer(
     """torch's optimizer over two groups: with weight decay and without.
 
     Norm parameters are those of the modules that the model's `norm` callable returned, whatever their class;
-    they and biases (one-dimensional parameters of other layers) are decayed only where options say so.
+    they and biases (one-dimensional parameters of other layers, and the gains that `model.weight` adds) are
+    decayed only where options say so.
     """
     norm = {id(p) for layer in norm_layers for p in layer.parameters()}
+    gains = {id(p) for layer in model.modules() for p in gains_of(layer)}
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        wants = (
-            options["decay_norm"] if id(parameter) in norm else parameter.ndim > 1 or options["decay_bias"]
-        )
+        is_weight = parameter.ndim > 1 and id(parameter) not in gains
+        wants = options["decay_norm"] if id(parameter) in norm else is_weight or options["decay_bias"]
         (decayed if wants else spared).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": options["weight_decay"]},

@@ -148,7 +148,7 @@ def make_manifest(ready: Prepared, first: dict[str, Tensor]) -> dict[str, Any]:
         "idle_options": idle,
         "never_moved": still.suspicious,
         "warnings": warnings,
-        "notes": [f"{name} never moved: a bias directly before a norm" for name in still.before_norm],
+        "notes": [f"{name} never moved: a bias or gain directly before a norm" for name in still.before_norm],
     }
 
 

@@ -15,23 +15,26 @@ def normbench(*arguments: str, **environment: str) -> subprocess.CompletedProces
 
 def test_help_lists_the_doors() -> None:
     said = normbench().stdout
-    assert all(f"\n  {door} " in said for door in ("train", "stats", "results"))
+    assert all(f"\n  {door} " in said for door in ("train", "audit", "stats", "results"))
 
 
 def test_a_wrong_door_is_one_line() -> None:
     done = normbench("trian")
     assert done.returncode == 2 and done.stdout == ""
     assert (
-        done.stderr == "normbench: no door 'trian'; did you mean 'train'?; there are train, stats, results\n"
+        done.stderr
+        == "normbench: no door 'trian'; did you mean 'train'?; there are train, audit, stats, results\n"
     )
 
 
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("normbench ", ["train", "stats", "results"]),
+        ("normbench ", ["train", "audit", "stats", "results"]),
         ("normbench tr", ["train"]),
-        ("normbench train norm=mb", ["norm=mbn"]),
+        ("normbench train norm=gh", ["norm=ghost"]),
+        ("normbench audit norm=gh", ["norm=ghost"]),
+        ("normbench audit norm=mbn norm.str", ["norm.stride="]),
         ("normbench train norm=mbn norm.str", ["norm.stride="]),
         ("normbench train dataset=ci", ["dataset=cifar10", "dataset=cifar100"]),
         ("normbench stats out", []),

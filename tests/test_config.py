@@ -34,7 +34,7 @@ TYPOS = {
     "norm=mbn stride=4.7": "stride must be an int ≥ 1, got 4.7",
     "norm=mbn stride=1 norm.stride=8": "stride=1 contradicts norm.stride=8",
     "norm=obn,mbn stride=1,2": "norm=obn has no stride",
-    "norm.stride=2": "norm.stride: the chosen norm has no such key; norm=mbn has it",
+    "norm.stride=2": "norm.stride: the chosen norm has no such key; norm=mbn,mbn_batch,",
     "norm=obn norm=mbn": "norm is given twice",
     "epochs=0": "epochs must be an int ≥ 1, got 0",
     "epochs=2.5": "epochs must be an int ≥ 1, got 2.5",
@@ -65,7 +65,7 @@ TYPOS = {
     "fidelity=as_run": "study=adhoc has none of this name",
     "study=mbn_stride norm=obn": "norm: set by the arms of study=mbn_stride",
     "study=mbn_stride stride=2": "stride: set by the arms of study=mbn_stride",
-    "study=mbn_stride norm.stride=2": "norm=mbn has it",
+    "study=mbn_stride norm.stride=2": "norm=mbn,mbn_batch,mbn_random,mbn_rows has it",
     "study=mbn_stride fidelity=asrun": "did you mean 'as_run'?",
     "study=mbn_stride,mbn_r9": "study cannot be swept",
     "threads=1,2": "two arms are one setting",
@@ -245,6 +245,15 @@ def test_a_setting_keeps_its_name_when_a_null_or_false_key_is_added(plan_of: Pla
     arm = plan_of("norm=mbn", "stride=4").arms[0]
     later = {**arm.values, "invented": None, "also_invented": False}
     assert identify(later, arm.choices, arm.values, arm.choices).hash == arm.config_hash
+
+
+def test_a_setting_keeps_its_name_when_a_key_with_a_worded_default_is_added(plan_of: Planner) -> None:
+    recorded = plan_of("norm=mbn", "stride=4").arms[0]
+    assert recorded.setting == "mbn-stride4-resnet9-digits-4c38c049d3", "as before norm.sample was there"
+    rows = plan_of("norm=mbn", "stride=4", "norm.sample=rows").arms[0]
+    assert rows.config_hash != recorded.config_hash
+    assert rows.arm == "mbn-stride4-samplerows-resnet9-digits"
+    assert plan_of("norm=mbn_rows", "norm.sample=stride").arms[0].arm.startswith("mbn_rows-samplestride-")
 
 
 def test_a_readable_id_says_what_differs(plan_of: Planner) -> None:

@@ -11,12 +11,20 @@ from typing import Any
 
 from torch import nn
 
-from normbench.formulas import batch
+from normbench.formulas import batch, cbn, mixing, pit, sample, sync, whitening
 from normbench.formulas.common import Array, State
 
 Formula = Callable[[Array, State, Mapping[str, Any], bool], tuple[Array, State]]
 
-FORMULAS: dict[str, Formula] = {**batch.FORMULAS}
+FORMULAS: dict[str, Formula] = {
+    **batch.FORMULAS,
+    **sample.FORMULAS,
+    **sync.FORMULAS,
+    **cbn.FORMULAS,
+    **mixing.FORMULAS,
+    **whitening.FORMULAS,
+    **pit.FORMULAS,
+}
 
 
 def formula_of(layer: nn.Module) -> Formula | None:

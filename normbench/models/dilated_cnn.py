@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from normbench.models.init import SCHEMES
 from normbench.models.placing import place_norms
 from normbench.models.units import ConvUnit, MakeNorm, Recipe, check_task
+from normbench.models.weights import reparametrize
 from normbench.values import one_of, positive_int
 
 
@@ -20,6 +21,7 @@ class DilatedCNN(nn.Module):
         bias, norm_position, dropout, dropout_position: see `Recipe`.
         norm_layers: which slots get the norm, see `place_norms`.
         init: torch, xavier, he or glorot, see `initialise`.
+        weight: none, standardized, scaled or weight_norm, see `reparametrize`.
 
     Shape: (N, in_channels, H, W) → (N, num_classes), from 8×8 up.
     Raises: ValueError — an option out of its range, or smaller images.
@@ -42,6 +44,7 @@ class DilatedCNN(nn.Module):
         dropout: float = 0.0,
         dropout_position: str = "after",
         init: str = "torch",
+        weight: str = "none",
     ) -> None:
         super().__init__()
         check_task("dilated_cnn", in_channels, num_classes, image_size)
@@ -54,6 +57,7 @@ class DilatedCNN(nn.Module):
         self.conv3 = ConvUnit(w, w, recipe, activation=nn.GELU, dilation=4)
         self.conv4 = ConvUnit(w, w, recipe, activation=nn.GELU, dilation=8)
         self.fc = nn.Linear(w, num_classes)
+        reparametrize(self, weight)
         self.norm_layers = place_norms(self, norm, norm_layers, (in_channels, *image_size))
 
     def forward(self, x: Tensor) -> Tensor:

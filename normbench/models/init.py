@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from normbench.models.weights import raw_weight, start_gains
 from normbench.seeds import Seeds
 
 SCHEMES = ("torch", "xavier", "he", "glorot")
@@ -16,8 +17,9 @@ def initialise(model: nn.Module, seeds: Seeds) -> None:
     """Write the weight and bias of every convolution and linear layer, by the scheme `model.init`.
 
     A layer's numbers depend on the session and the layer's name only, its bias' not on its weight's; so
-    layers that two models share start equal, whatever their norms draw or hold. They are drawn on the CPU
-    in float32, whatever the parameter's device and dtype.
+    layers that two models share start equal, whatever their norms draw or hold, and whatever form their
+    weights have (see `reparametrize`): the raw values are drawn, and gains follow from them. They are drawn
+    on the CPU in float32, whatever the parameter's device and dtype.
 
         torch    U(±1/√fan_in) for weights and biases
         xavier   U(±√(6/(fan_in + fan_out))) for weights, biases as torch
@@ -36,8 +38,11 @@ def initialise(model: nn.Module, seeds: Seeds) -> None:
         own = dict(layer.named_parameters(recurse=False))
         if name.startswith(in_norms):  # a norm's affine may be a convolution of ones and zeros: it stays so
             own = {key: value for key, value in own.items() if value.min() < value.max()}
+        else:
+            own["weight"] = raw_weight(layer)
         if "weight" in own:
-            own["weight"].copy_(draw_weight(layer.weight, scheme, seeds.generator("init", name)))
+            own["weight"].copy_(draw_weight(own["weight"], scheme, seeds.generator("init", name)))
+            start_gains(layer)
         if "bias" in own:
             generator = seeds.generator("init", name, "bias")
             own["bias"].copy_(draw_bias(own["bias"], layer.weight, scheme, generator))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from normbench.models.init import SCHEMES
 from normbench.models.placing import place_norms
 from normbench.models.units import ConvUnit, LinearUnit, MakeNorm, Recipe, check_task
+from normbench.models.weights import reparametrize
 from normbench.values import int_from, one_of
 
 
@@ -21,6 +22,7 @@ class LeNet(nn.Module):
         bias, norm_position, dropout, dropout_position: see `Recipe`; here of linear layers too.
         norm_layers: which slots get the norm, see `place_norms`.
         init: torch, xavier, he or glorot, see `initialise`.
+        weight: none, standardized, scaled or weight_norm, see `reparametrize`.
 
     Shape: (N, in_channels, *image_size) → (N, num_classes), from 16×16 up.
     Raises: ValueError — an option out of its range, or smaller images.
@@ -44,6 +46,7 @@ class LeNet(nn.Module):
         dropout: float = 0.0,
         dropout_position: str = "after",
         init: str = "xavier",
+        weight: str = "none",
     ) -> None:
         super().__init__()
         check_task("lenet", in_channels, num_classes, image_size, smallest=16)
@@ -57,6 +60,7 @@ class LeNet(nn.Module):
         self.fc1 = LinearUnit(16 * height * width, 120, recipe, activation=nn.Sigmoid)
         self.fc2 = LinearUnit(120, 84, recipe, activation=nn.Sigmoid)
         self.fc3 = nn.Linear(84, num_classes)
+        reparametrize(self, weight)
         self.norm_layers = place_norms(self, norm, norm_layers, (in_channels, *image_size))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from normbench.models.units import MakeNorm, Slot
 from normbench.values import nearest, one_of
@@ -23,7 +25,8 @@ def place_norms(
 
     Args:
         norm: a callable; one with a parameter `spatial_shape` is also told the map's (H, W), () after a
-            linear layer.
+            linear layer; one with a parameter `fed_by` the convolution or linear layer whose output reaches
+            the slot as it is, None where something stands between.
         norm_layers: all, none, conv, fc, first, last or a list of slots' names.
         input_shape: (C, H, W) of one image.
 
@@ -32,13 +35,13 @@ def place_norms(
     """
     slots = {name: slot for name, slot in model.named_modules() if isinstance(slot, Slot)}
     chosen = choose(slots, norm_layers, type(model).__name__)
-    shapes = spatial_shapes(model, input_shape) if takes_spatial_shape(norm) else None
+    asked = [name for name in ("spatial_shape", "fed_by") if takes(norm, name)]
+    seen = seen_by_slots(model, input_shape) if asked else {}
     placed: dict[str, nn.Module] = {}
     makers: dict[str, Callable[[], nn.Module]] = {}
     for name, slot in slots.items():
         if name in chosen:
-            extra = {} if shapes is None else {"spatial_shape": shapes[name]}
-            make = functools.partial(norm, slot.num_features, **extra)
+            make = functools.partial(norm, slot.num_features, **{key: seen[name][key] for key in asked})
             layer = make()
             if not isinstance(layer, nn.Module):
                 raise TypeError(f"norm must return a torch.nn.Module, got {type(layer).__name__}")
@@ -67,17 +70,31 @@ def choose(slots: dict[str, Slot], norm_layers: str | Sequence[str], model: str)
     return set(wanted.get(kind, [name for name in names if slots[name].kind == kind]))
 
 
-def takes_spatial_shape(norm: MakeNorm) -> bool:
+def takes(norm: MakeNorm, parameter: str) -> bool:
     """Whether the callable, through functools.partial too, has a parameter of that name."""
     try:
-        return "spatial_shape" in inspect.signature(norm).parameters
+        return parameter in inspect.signature(norm).parameters
     except ValueError:  # a builtin without a signature
         return False
 
 
-def spatial_shapes(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """The map that each slot sees, found by one forward pass of a copy without numbers."""
-    twin = copy.deepcopy(model).to("meta").eval()
+def seen_by_slots(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+    """Each slot's `spatial_shape` and `fed_by`, found by one forward pass of a copy without numbers."""
+
+    def sign(name: str, layer: nn.Module, args: Any, output: Tensor) -> None:
+        output.normbench_made_by = name  # type: ignore[attr-defined]
+
+    twin = copy.deepcopy(model).to("meta").train()  # in training dropout hands on something else than it got
+    for name, layer in twin.named_modules():
+        if isinstance(layer, (nn.Linear, _ConvNd)):
+            layer.register_forward_hook(functools.partial(sign, name))
     with torch.no_grad():
         twin(torch.empty((1, *input_shape), device="meta"))
-    return {name: slot.spatial_shape for name, slot in twin.named_modules() if isinstance(slot, Slot)}
+    return {
+        name: {
+            "spatial_shape": slot.spatial_shape,
+            "fed_by": model.get_submodule(slot.fed_by) if slot.fed_by else None,
+        }
+        for name, slot in twin.named_modules()
+        if isinstance(slot, Slot)
+    }

@@ -9,6 +9,7 @@ from torchvision.models import resnet
 from normbench.models.init import SCHEMES
 from normbench.models.placing import place_norms
 from normbench.models.units import MakeNorm, Recipe, Slot, check_task
+from normbench.models.weights import reparametrize
 from normbench.values import one_of
 
 
@@ -47,6 +48,7 @@ class ResNet50(resnet.ResNet):  # type: ignore[misc]
         bias, norm_position, dropout, dropout_position: see `Recipe`; bias=true is Keras'.
         norm_layers: which slots get the norm, see `place_norms`.
         init: torch, xavier, he or glorot, see `initialise`; he is torchvision's, glorot Keras'.
+        weight: none, standardized, scaled or weight_norm, see `reparametrize`.
 
     Shape: (N, in_channels, H, W) → (N, num_classes), from 8×8 up.
     Raises: ValueError — an option out of its range, or smaller images.
@@ -71,6 +73,7 @@ class ResNet50(resnet.ResNet):  # type: ignore[misc]
         dropout: float = 0.0,
         dropout_position: str = "after",
         init: str = "he",
+        weight: str = "none",
     ) -> None:
         check_task("resnet50", in_channels, num_classes, image_size)
         one_of("stride_on", stride_on, ("3x3", "1x1"))
@@ -87,6 +90,7 @@ class ResNet50(resnet.ResNet):  # type: ignore[misc]
                 module.configure(recipe, stride_on)
             elif isinstance(module, nn.Conv2d) and bias:
                 module.bias = nn.Parameter(torch.zeros(module.out_channels))
+        reparametrize(self, weight)
         self.norm_layers = place_norms(self, norm, norm_layers, (in_channels, *image_size))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from normbench.models.init import SCHEMES
 from normbench.models.placing import place_norms
 from normbench.models.units import ConvUnit, MakeNorm, Recipe, check_task
+from normbench.models.weights import reparametrize
 from normbench.values import above_zero, one_of, positive_int
 
 
@@ -23,6 +24,7 @@ class ResNet9(nn.Module):
         bias, norm_position, dropout, dropout_position: see `Recipe`.
         norm_layers: which slots get the norm, see `place_norms`.
         init: torch, xavier, he or glorot, see `initialise`.
+        weight: none, standardized, scaled or weight_norm, see `reparametrize`.
 
     Shape: (N, in_channels, H, W) → (N, num_classes), from 8×8 up.
     Raises: ValueError — an option out of its range, or smaller images.
@@ -47,6 +49,7 @@ class ResNet9(nn.Module):
         dropout: float = 0.0,
         dropout_position: str = "after",
         init: str = "torch",
+        weight: str = "none",
     ) -> None:
         super().__init__()
         check_task("resnet9", in_channels, num_classes, image_size)
@@ -67,6 +70,7 @@ class ResNet9(nn.Module):
         self.res2b = unit(4 * w, 4 * w)
         self.layer3 = unit(4 * w, 4 * w)
         self.fc = nn.Linear(4 * w, num_classes, bias=False)
+        reparametrize(self, weight)
         self.norm_layers = place_norms(self, norm, norm_layers, (in_channels, *image_size))
 
     def forward(self, x: Tensor) -> Tensor:

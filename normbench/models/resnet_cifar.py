@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from normbench.models.init import SCHEMES
 from normbench.models.placing import place_norms
 from normbench.models.units import ConvUnit, MakeNorm, Recipe, check_task
+from normbench.models.weights import reparametrize
 from normbench.values import one_of, positive_int
 
 
@@ -65,6 +66,7 @@ class ResNetCIFAR(nn.Module):
         bias, norm_position, dropout, dropout_position: see `Recipe`.
         norm_layers: which slots get the norm, see `place_norms`.
         init: torch, xavier, he or glorot, see `initialise`.
+        weight: none, standardized, scaled or weight_norm, see `reparametrize`.
 
     Shape: (N, in_channels, H, W) → (N, num_classes), from 8×8 up.
     Raises: ValueError — an option out of its range, or smaller images.
@@ -91,6 +93,7 @@ class ResNetCIFAR(nn.Module):
         dropout: float = 0.0,
         dropout_position: str = "after",
         init: str = "torch",
+        weight: str = "none",
     ) -> None:
         super().__init__()
         check_task("resnet_cifar", in_channels, num_classes, image_size)
@@ -108,6 +111,7 @@ class ResNetCIFAR(nn.Module):
         self.stage2 = stage(w, 2 * w)
         self.stage3 = stage(2 * w, 4 * w)
         self.fc = nn.Linear(4 * w, num_classes)
+        reparametrize(self, weight)
         self.norm_layers = place_norms(self, norm, norm_layers, (in_channels, *image_size))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -61,17 +61,19 @@ class Recipe:
 
 
 class Slot(nn.Module):
-    """Where a norm may stand; a placeholder that remembers the map it saw, (N, C, *) → the same."""
+    """Where a norm may stand; a placeholder that remembers what it saw, (N, C, *) → the same."""
 
     def __init__(self, num_features: int, kind: str = "conv") -> None:
         super().__init__()
         self.num_features = num_features
         self.kind = kind
         self.spatial_shape: tuple[int, ...] = ()
+        self.fed_by: str | None = None  # who signed the input, see `seen_by_slots`
 
     def forward(self, x: Tensor) -> Tensor:
         self.spatial_shape = tuple(x.shape[2:])
-        return x
+        self.fed_by = getattr(x, "normbench_made_by", None)
+        return x.view_as(x)  # unsigned: a norm will stand here
 
 
 class ConvUnit(nn.Module):

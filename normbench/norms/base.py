@@ -87,7 +87,7 @@ class Norm(nn.Module):
 
 
 class PlainBatchNorm(Norm):
-    """Batch norm in plain torch: override `sample`, `batch_stats`, `track`, `normalize` or `by_batch`."""
+    """Batch norm in plain torch: override `measured`, `batch_stats`, `track`, `normalize` or `by_batch`."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -115,8 +115,8 @@ class PlainBatchNorm(Norm):
         self.register_buffer("running_var", torch.ones(num_features) if tracked else None)
         self.register_buffer("num_batches_tracked", torch.tensor(0) if tracked else None)
 
-    def sample(self, x: Tensor) -> Tensor:
-        """Which activations are measured."""
+    def measured(self, x: Tensor) -> Tensor:
+        """The part of x that statistics are taken from."""
         return x
 
     def batch_stats(self, sample: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +143,7 @@ class PlainBatchNorm(Norm):
 
     def by_batch(self, x: Tensor) -> Tensor:
         """Training: measure, remember, normalize."""
-        sample = self.sample(x)
+        sample = self.measured(x)
         count = require_spread(sample, x)
         mean, var = self.batch_stats(sample)
         if self.track_running_stats:

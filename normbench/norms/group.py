@@ -10,11 +10,11 @@ def normalize_groups(x: Tensor, num_groups: int, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) over each sample's groups of channels; a group of one value stays."""
     if x.numel() == x.shape[0] * num_groups:
         return x  # no spread to divide by, and centring would erase the signal
-    centred = x - _group_mean(x, num_groups)
-    return centred * (_group_mean(centred.square(), num_groups) + eps).rsqrt()
+    centred = x - group_mean(x, num_groups)
+    return centred * (group_mean(centred.square(), num_groups) + eps).rsqrt()
 
 
-def _group_mean(x: Tensor, num_groups: int) -> Tensor:
+def group_mean(x: Tensor, num_groups: int) -> Tensor:
     """(N, C, *) → (N, C, 1, …): the mean over its sample's group, on every channel of the group."""
     n, c = x.shape[:2]
     means = x.mean(list(range(2, x.ndim))) if x.ndim > 2 else x  # first per channel: no copy of channels-last

@@ -1,5 +1,6 @@
-"""Modified batch norm: measure every s-th row and column, normalize everything."""
+"""Modified batch norm: measure a part of the activations, every s-th row and column, normalize everything."""
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -16,11 +17,16 @@ class MBN(PlainBatchNorm):
         y = (x - mean) / sqrt(var + eps) * weight + bias
 
     mean and var (÷n) over the batch and all spatial axes of x[..., ::stride, ::stride], every spatial axis
-    strided; gradients flow through them. A map smaller than the stride gives its first row and column.
+    strided, or of another sample of x; gradients flow through them. A map smaller than the stride gives its
+    first row and column.
 
     Args:
         num_features: channels C.
-        stride: spatial step of the statistics sample, ≥ 1; does nothing on (N, C).
+        stride: step of the statistics sample, ≥ 1; on (N, C) it acts with sample=batch only.
+        sample: what is measured. stride: every stride-th position along every spatial axis; rows: along the
+            first spatial axis only; batch: every stride-th sample, its whole map; random: as many positions
+            as stride has, drawn for each batch from torch's global generator without replacement, the same
+            for all samples and channels; where that is every position nothing is drawn.
         affine_impl: how scale and shift are computed: depthwise (a 1×1 depthwise convolution, as published)
             or vector (multiply and add); equal results, other kernels.
         train_affine: False freezes weight and bias, which is what the 2019 runs did.
@@ -35,7 +41,8 @@ class MBN(PlainBatchNorm):
     Shape: (N, C, *) → (N, C, *), 0 to 3 spatial axes.
     State: running_mean (C,), running_var (C,) by stored_var, num_batches_tracked ().
     Raises: ValueError — another channel count or rank; one sampled value per channel.
-    Source: nrajmalwar, Modified-Batch-Normalization (GitHub), `MBatchNorm.py` and PartC.
+    Source: nrajmalwar, Modified-Batch-Normalization (GitHub), `MBatchNorm.py` and PartC; its samples are
+        sample=stride, the others are for comparison.
         Differs from the source in: it runs (the published class returned from the fused path before it);
         weight and bias are (C,) vectors, not kernels; torch's eps and momentum; channels first;
         the source stored the ÷n variance (stored_var=biased).
@@ -46,6 +53,7 @@ class MBN(PlainBatchNorm):
         num_features: int,
         *,
         stride: int = 1,
+        sample: str = "stride",
         affine_impl: str = "depthwise",
         train_affine: bool = True,
         impl: str = "reference",
@@ -68,6 +76,7 @@ class MBN(PlainBatchNorm):
             train_bias=train_bias,
         )
         self.stride = positive_int("stride", stride)
+        self.sample = one_of("sample", sample, ("stride", "rows", "batch", "random"))
         self.affine_impl = one_of("affine_impl", affine_impl, ("depthwise", "vector"))
         self.train_affine = flag("train_affine", train_affine)
         self.impl = one_of("impl", impl, ("reference",))
@@ -78,8 +87,18 @@ class MBN(PlainBatchNorm):
         # the seam: another `impl` computes output and running statistics from x in its own operator
         return super().forward(x)
 
-    def sample(self, x: Tensor) -> Tensor:  # (N, C, H, W) → (N, C, ⌈H/s⌉, ⌈W/s⌉)
-        return x[(slice(None),) * 2 + (slice(None, None, self.stride),) * (x.ndim - 2)]
+    def measured(self, x: Tensor) -> Tensor:
+        """The part of x that statistics are taken from; for stride (N, C, H, W) → (N, C, ⌈H/s⌉, ⌈W/s⌉)."""
+        spatial = range(2, x.ndim)
+        if self.sample == "random":
+            positions = math.prod(x.shape[2:])
+            wanted = math.prod([math.ceil(size / self.stride) for size in x.shape[2:]])
+            if wanted == positions:
+                return x
+            drawn = torch.randperm(positions, device=x.device)[:wanted]
+            return x.flatten(2).index_select(2, drawn)
+        strided = {"stride": spatial, "rows": spatial[:1], "batch": (0,)}[self.sample]
+        return x[tuple(slice(None, None, self.stride if axis in strided else 1) for axis in range(x.ndim))]
 
     def scale_and_shift(self, x: Tensor) -> Tensor:
         if self.weight is None or self.bias is None or self.affine_impl == "vector":
