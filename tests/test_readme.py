@@ -81,18 +81,49 @@ def test_the_reading_order_has_honest_line_counts() -> None:
         assert abs(lines - int(said)) <= 0.15 * lines, f"{name} has {lines} lines, not {said}"
 
 
-@pytest.mark.slow
-def test_the_wheel_ships_the_configuration_and_the_sweeper(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel's contents, as pip would lay them out."""
+    folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", str(ROOT)]
-    subprocess.run(build, cwd=tmp_path, check=True, capture_output=True)
-    shutil.unpack_archive(next(tmp_path.glob("*.whl")), tmp_path / "site", "zip")
+    subprocess.run(build, cwd=folder, check=True, capture_output=True)
+    shutil.unpack_archive(next(folder.glob("*.whl")), folder / "site", "zip")
+    return folder / "site"
+
+
+def run_installed(site: Path, where: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """A Python command in a stranger's folder, with the wheel in place of the checkout."""
+    environment = {"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin", "HOME": str(where)}
+    return subprocess.run(
+        [sys.executable, *words], cwd=where, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.slow
+def test_the_wheel_ships_the_configuration_and_the_sweeper(installed: Path, tmp_path: Path) -> None:
+    said = run_installed(installed, tmp_path, "-c", "import normbench.config as c; print(c.conf_dir())")
+    assert said.stdout.strip() == str(installed / "normbench" / "conf")
     command = ["normbench.train", "norm=mbn", "stride=2", "model.width=2", "steps=1", "threads=1"]
-    environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    where = "import normbench.config as c; print(c.conf_dir())"
-    said = subprocess.run([sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True,
-                          text=True, check=True).stdout  # fmt: skip
-    assert said.strip() == str(tmp_path / "site" / "normbench" / "conf")
-    run = [sys.executable, "-m", *command]
-    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = run_installed(installed, tmp_path, "-m", *command)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "outputs" / "adhoc" / "results.csv").is_file()
+
+
+@pytest.mark.slow
+def test_a_layer_of_ones_own_from_outside(installed: Path, tmp_path: Path) -> None:
+    """The README's file, YAML and commands, with the wheel installed and nothing of the checkout."""
+    for name, text in re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", README, re.S):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    commands = [shlex.split(line)[1:] for line in README.splitlines() if " --config-dir mine " in line]
+    assert [words[1] for words in commands] == ["normbench.audit", "normbench.train"]
+    audit, train = commands
+    card = run_installed(installed, tmp_path, *audit)
+    assert card.returncode == 0, card.stdout + card.stderr
+    assert card.stdout.startswith("mean_size: my_layers.MeanSize(") and "\npass: " in card.stdout
+    small = ["model.width=2", "steps=1", "threads=1", "tensorboard=false", "dataset.train_subset=96"]
+    done = run_installed(installed, tmp_path, *train[:-1], "session=0,1", *small)
+    assert done.returncode == 0, done.stderr
+    assert "2 arms, 4 sessions" in done.stdout
+    rows = (tmp_path / "outputs" / "adhoc" / "results.csv").read_text().splitlines()
+    assert len(rows) == 5 and sum("mean_size" in row for row in rows) == 2
