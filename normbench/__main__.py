@@ -36,6 +36,8 @@ def main() -> None:
 def open_door(door: str, arguments: list[str], program: str) -> None:
     """Run one door's module with these arguments."""
     sys.argv = [program, *arguments]
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())  # where one's own layers are, as with python -m
     runpy.run_module(f"normbench.{door}", run_name="__main__")
 
 

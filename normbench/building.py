@@ -43,7 +43,10 @@ def make(values: dict[str, Any]) -> Any:
     try:
         return instantiate(values)
     except InstantiationException as error:
-        raise Refused(f"{target}: {str(error).splitlines()[0]}") from error
+        reason: BaseException = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        raise Refused(f"{target}: {type(reason).__name__}: {str(reason).splitlines()[0]}") from error
 
 
 def check_builds(config: Config) -> None:

@@ -130,6 +130,19 @@ class Composer:
         """Whether this option is one of our YAML files rather than a user's from `--config-dir`."""
         return (conf_dir() / group / f"{option}.yaml").is_file()
 
+    def hidden(self, group: str, option: str) -> list[Path]:
+        """A user's files of that name from `--config-dir`, which Hydra would pass over in silence."""
+        folders = [
+            Path(source.path.removeprefix("file://"))
+            for source in self.loader.get_search_path().get_path()
+            if source.provider == "command-line" and source.path
+        ]
+        return [
+            f
+            for folder in folders
+            if self.own(group, option) and (f := folder / group / f"{option}.yaml").is_file()
+        ]
+
     def compose(self, overrides: Sequence[str]) -> tuple[Values, dict[str, str]]:
         """Checked, resolved values and the chosen option of every group; Refused names what is wrong."""
         cfg = self.load(overrides)
@@ -140,6 +153,10 @@ class Composer:
                 raise Refused(f"{group} is not chosen; add it to the defaults of optim={choices['optim']}")
             if option not in options:
                 raise Refused(unknown_option(group, option, options))
+            if others := self.hidden(group, option):
+                raise Refused(
+                    f"{group}={option}: {others[0]} is hidden by ours of that name; give it another"
+                )
         values = plain(cfg)
         schema = self.schema(self.packaged(values, choices))
         judged_elsewhere = choices["norm"] == "custom" or not self.own("norm", choices["norm"])

@@ -127,6 +127,8 @@ Made by `scripts/catalogue.py` from `conf/norm/` and the layers' docstrings; do 
 normbench.audit norm=<name>` shows the whole card. *Parameters* and *state* count numbers, for {sizes} inputs. *Cost*
 is forward and backward time over `obn`'s in alternating rounds, median of {about.rounds} (20th to 80th percentile):
 {paid} {about["dtype"]}, {about.threads} thread, {about.device}, torch {about.torch_version}, {about.measured}. Untested on CUDA.
+`cbn` stands here without the layer that feeds it; in a model it also measures how its moments follow that
+layer's weight.
 """.splitlines()  # noqa: E501
     lines.append("")
     for family, names in FAMILIES.items():

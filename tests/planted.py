@@ -147,6 +147,107 @@ class Sink(Plain):
         super().__init__(num_features, eps, momentum)
 
 
+class InputDecides(Plain):
+    """Batch statistics where the input needs gradient, in evaluation too."""
+
+    def training_now(self) -> bool:
+        return self.training or self.asked
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.asked = x.requires_grad
+        return super().forward(x)
+
+
+class GateReset(Plain):
+    """Writes its gate anew in every forward, in place, so that the optimizer's steps are lost."""
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__(num_features, eps, momentum)
+        self.gate = nn.Parameter(torch.ones(num_features))
+
+    def affine(self, x: Tensor) -> Tensor:
+        self.gate.data = torch.ones_like(self.gate)
+        return super().affine(self.gate.view(1, -1, 1, 1) * x)
+
+
+class StrideWhereNarrow(Plain):
+    """A fast path for whole vectors of channels, which knows no stride."""
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, stride: int = 1) -> None:
+        super().__init__(num_features, eps, momentum)
+        self.stride = stride
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().moments(x if x.shape[1] % 16 == 0 else x[..., :: self.stride, :: self.stride])
+
+
+class EvalByLargeBatch(Plain):
+    """Rescales in evaluation, and only batches above eight samples."""
+
+    def stored(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        n = len(x)
+        return self.running_mean, self.running_var * (n / (n - 1) if n > 8 else 1)
+
+
+class WrongSign(Plain):
+    """Sends the gradient back with the other sign."""
+
+    def affine(self, x: Tensor) -> Tensor:
+        return super().affine(2 * x.detach() - x)
+
+
+class Mute(Plain):
+    """Answers zero in evaluation."""
+
+    def affine(self, x: Tensor) -> Tensor:
+        return super().affine(x if self.training else 0 * x)
+
+
+class Reseeds(Plain):
+    """Sets the generator that everybody draws from."""
+
+    def remember(self, mean: Tensor, var: Tensor) -> None:
+        torch.manual_seed(0)
+        super().remember(mean, var)
+
+
+HELD: list[Tensor] = []
+
+
+class Hoards(Plain):
+    """Keeps what it saw where nobody looks."""
+
+    def remember(self, mean: Tensor, var: Tensor) -> None:
+        HELD.append(mean.detach().clone())
+        super().remember(mean, var)
+
+
+class InPlace(Plain):
+    """Changes its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        x.detach().mul_(0.5)
+        return y
+
+
+class Noisy(Plain):
+    """Draws from a generator of its own."""
+
+    generator = torch.Generator()
+
+    def affine(self, x: Tensor) -> Tensor:
+        noise = torch.rand(x.shape[0], generator=self.generator, dtype=x.dtype)
+        return super().affine(x * (1 + 0.1 * noise.view(-1, 1, 1, 1)))
+
+
+class Forwards(nn.BatchNorm2d):
+    """Hands options on to a base that checks them."""
+
+    def __init__(self, num_features: int, **batch_norm: float) -> None:
+        super().__init__(num_features, **batch_norm)
+
+
 class Draws(Plain):
     """Draws its start from torch's generator, and shifts whatever is drawn after it."""
 
@@ -201,5 +302,15 @@ MISTAKES = {  # class → the row of the card that must say so, and a word of it
     ZeroEps: ("constant channels", "is eps zero"),
     IgnoredGroups: ("options", "num_groups: no other value changes anything"),
     GradModeDecides: ("mode", "the gradient mode decides"),
-    Sink: ("building", "swallows misspelt options"),
+    Sink: ("building", "a misspelt option is taken without a word"),
+    InputDecides: ("mode", "an input that needs gradient"),
+    GateReset: ("parameters", "forward writes over gate"),
+    StrideWhereNarrow: ("options", "stride: acts on 12 channels, not on 64"),
+    EvalByLargeBatch: ("evaluation", "depends on its batch mates"),
+    WrongSign: ("gradients", "is not that of the output"),
+    Mute: ("evaluation", "does not depend on its own input"),
+    Reseeds: ("building", "sets torch's generator"),
+    Hoards: ("graphs", "more tensors are held"),
+    InPlace: ("repeatable", "changes its input in place"),
+    Noisy: ("repeatable", "draws its own randomness"),
 }

@@ -74,6 +74,28 @@ def test_warns_of_what_is_unusual(layer, check, words):
     assert said(card, check).startswith(words)
 
 
+def test_options_handed_on_to_a_base_are_no_sink():
+    values = {"_target_": "planted.Forwards", "_partial_": True, "eps": 1e-3}
+    card = audit("custom", values, backend=None, with_cost=False)
+    assert not card.failed
+    assert said(card, "options") == "pass eps act"
+
+
+def test_warm_up_and_what_comes_after_are_told_apart():
+    values = {"_target_": "normbench.norms.mabn.MABN", "_partial_": True}
+    card = audit("mabn", values, backend=None, with_cost=False)
+    assert said(card, "statistics") == (
+        "pass training: all positions of all samples at first, earlier batches later; "
+        "evaluation: earlier batches"
+    )
+
+
+def test_a_statistic_held_constant_is_a_warning_not_a_failure():
+    card = card_of("normbench.norms.brn.BatchRenorm")
+    assert said(card, "gradients").startswith("warn the gradient of the input in training")
+    assert "held constant" in said(card, "gradients") and not card.failed
+
+
 def test_finds_a_width_that_the_layer_takes():
     card = card_of(planted.HalfAGroup)
     assert card.num_features == 64 and not card.failed
@@ -143,7 +165,16 @@ def test_the_doors_exit_codes():
         (["norm.epss=1"], "unknown key 'norm.epss'; did you mean 'norm.eps'?"),
         (["norm.eps=-1"], "norm.eps must be a number ≥ 0, got -1"),
         (["backend=indctor"], "backend must be one of aot_eager, inductor, got 'indctor'; did you mean"),
-        (["json=."], "json=. is a folder; name a file"),
+        (["json=."], "json=. is no file's name"),
+        (["json=/proc/none/card.json"], "/proc/none: "),
+        (
+            ["norm=gn", "norm.num_groups=4,7"],
+            "norm=gn cannot be built: ValueError: num_groups=7 does not divide",
+        ),
+        (
+            ["norm=custom", "norm._target_=no_such.Layer"],
+            "no_such.Layer: ModuleNotFoundError: No module named",
+        ),
         (["study=mbn_stride"], "unknown key 'study'"),
         (["norm=custom"], "norm=custom needs the layer's class: norm._target_=my_package.MyNorm"),
     ],

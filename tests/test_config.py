@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -196,6 +197,7 @@ def test_a_mistaken_file_of_ones_own_is_refused(
     assert MISTAKEN_GROUPS[group, text] in line and line.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_study_composes_in_every_fidelity(study: str, plan_of: Planner) -> None:
     written = yaml.safe_load((conf_dir() / "study" / f"{study}.yaml").read_text())["study"]
@@ -228,6 +230,7 @@ def same(*plans: Plan) -> bool:
     return len({plan.arms[0].setting for plan in plans}) == 1
 
 
+@pytest.mark.slow
 def test_one_setting_has_one_name_however_it_is_written(plan_of: Planner) -> None:
     assert same(plan_of("batch=bs16"), plan_of("batch.size=16"))
     assert same(plan_of("norm=mbn", "stride=4"), plan_of("norm=mbn", "norm.stride=4"))
@@ -306,6 +309,13 @@ def test_defaults_are_complete_and_offline(plan_of: Planner) -> None:
                            "optim": "sgd", "optim/schedule": "one_cycle"}  # fmt: skip
     assert arm.values["epochs"] == 10
     assert None not in [v for k, v in flatten(arm.values["norm"])]
+
+
+def test_a_users_file_hidden_by_ours_is_refused(refusal: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "norm").mkdir(parents=True)
+    (tmp_path / "mine" / "norm" / "bn.yaml").write_text("_target_: mine.BN\n_partial_: true\n")
+    line = refusal("norm=bn", "--config-dir", "mine")
+    assert "norm/bn.yaml is hidden by ours of that name; give it another" in line and line.count("\n") == 1
 
 
 def test_a_users_norm_yaml_and_custom_options_are_left_to_the_constructor(

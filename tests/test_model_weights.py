@@ -198,6 +198,7 @@ def test_scaled_layers_keep_the_variance_and_standardized_ones_magnify_it() -> N
         assert (layer(x).var() / factor).item() == pytest.approx(1, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["nn", "gn"])
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("name", MODELS)
@@ -316,6 +317,7 @@ def test_half_precision_and_autocast(weight: str, dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("weight", FORMS)
 def test_compiles_as_one_graph_and_trains_alike(weight: str, backend: str) -> None:
@@ -385,6 +387,7 @@ def test_a_form_sweeps_like_any_option(train: Trainer) -> None:
     assert plain["warnings"] == standardized["warnings"] == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", FORMS)
 def test_session_1_after_session_0_equals_session_1_alone(train: Trainer, weight: str) -> None:
     command = [f"model.weight={weight}", *TINY, "epochs=2", "save_model=true", "norm=obn"]
@@ -395,6 +398,7 @@ def test_session_1_after_session_0_equals_session_1_alone(train: Trainer, weight
     assert document_of(alone)["row"]["warnings"] == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [["channels_last=true"], ["precision=bf16"], ["precision=fp16"]], ids=str)
 def test_the_ways_to_train_take_a_form(train: Trainer, extra: list[str]) -> None:
     plan = train("model.weight=standardized,scaled,weight_norm", "norm=gn", *TINY, *extra, "steps=2")

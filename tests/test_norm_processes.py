@@ -121,6 +121,12 @@ def a_single_value(rank: int) -> tuple[str, bool]:
     return "", False
 
 
+def first_alone(rank: int) -> Tensor | None:
+    """An evaluation that only the first process does, of a layer that keeps no running statistics."""
+    norm = SyncBatchNorm(6, track_running_stats=False).double().eval()
+    return norm(activations((4, 6, 3))).detach() if rank == 0 else None
+
+
 def on_a_rank(rank: int) -> dict[str, Any]:
     """Everything that the tests below compare with one process."""
     shares = {
@@ -139,6 +145,7 @@ def on_a_rank(rank: int) -> dict[str, Any]:
         "step": {(name, shape): one_step(at, shape) for name, at in shares.items() for shape in SHAPES},
         "untracked": one_step(shares["unequal"], SHAPES[2], momentum=None, track_running_stats=False),
         "single": a_single_value(rank),
+        "alone": first_alone(rank),
     }
 
 
@@ -238,6 +245,11 @@ def test_sync_bn_refuses_one_value_in_all_processes_on_each_of_them(ranks):
         said, stayed = rank["single"]
         wanted = "batch statistics need more than one value per channel, got"
         assert said == f"{wanted} ({count}, 6, 1) here and 1 in 2 processes" and stayed
+
+
+def test_evaluation_waits_for_no_other_process(ranks):
+    norm = BatchNorm(6, track_running_stats=False).double().eval()
+    close(ranks[0]["alone"], norm(activations((4, 6, 3))))
 
 
 def leaves_the_other_waiting(rank: int) -> None:

@@ -205,6 +205,10 @@ def test_frn_learns_the_size_of_eps():
     assert FilterResponseNorm(6).more_eps is None
 
 
+def test_evonorm_s0_takes_the_most_groups_that_divide():
+    assert [EvoNormS0(c).num_groups for c in (64, 120, 48, 6, 7)] == [32, 30, 24, 6, 7]
+
+
 def test_evonorm_s0_without_its_gate_is_half_a_group_norm():
     norm = EvoNormS0(6, num_groups=3).double()
     nn.init.zeros_(norm.v1)  # sigmoid(0) = ½
@@ -429,7 +433,6 @@ def test_single_values_are_left_to_the_affine():
         ),
         (lambda: DivisiveNorm(6, sigma=0), "sigma must be a number > 0, got 0"),
         (lambda: FilterResponseNorm(6, learned_eps=-1), "learned_eps must be a number ≥ 0, got -1"),
-        (lambda: EvoNormS0(48), "num_groups=32 does not divide num_features=48"),
         (lambda: ProxyNorm(6, num_groups=4), "num_groups=4 does not divide num_features=6"),
         (lambda: ProxyNorm(6, num_quantiles=1), "num_quantiles must be an int ≥ 2, got 1"),
         (

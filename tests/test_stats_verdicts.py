@@ -200,6 +200,7 @@ def test_a_drift_that_both_arms_share_is_taken_out_by_pairs() -> None:
     assert one(x, y, metric="epoch_time_s").verdict == "not comparable"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("column", ["device_name", "precision", "torch_version", "pack", "threads", "slots"])
 def test_what_times_depend_on_must_agree(column: str) -> None:
     rows = rows_of({"obn": normal(10, 1.0), "mbn": normal(10, 2.0, 1)}, "epoch_time_s", pairs=True)
@@ -242,6 +243,7 @@ def test_diverged_sessions_stay_in_the_mean() -> None:
     assert c.diverged_treatment == 1 and "1 diverged against 0 (no different rate shown" in c.reason
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.sampled_from([0.9, 0.91, 0.92, NAN, 0.9000000001]), min_size=1, max_size=12),
     st.lists(st.sampled_from([0.9, 0.91, 0.95, NAN]), min_size=1, max_size=12),

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,14 @@ def test_the_same_command_twice_gives_identical_rows(train: Trainer) -> None:
         }
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adam"])
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("norm", "optim"),
+    [
+        pytest.param(n, o, marks=[] if n in ("obn", "mbn", "bin") and o == "sgd" else pytest.mark.slow)
+        for n in NORMS
+        for o in (["sgd", "adam"] if n in STUDIED else ["sgd"])
+    ],
+)
 def test_session_1_after_session_0_equals_session_1_alone(train: Trainer, norm: str, optim: str) -> None:
     command = [f"norm={norm}", f"optim={optim}", *TINY, "save_model=true", "model.dropout=0.1"]
     after, alone = train(*command, "session=0,1", "out=after"), train(*command, "session=1", "out=alone")
@@ -469,10 +476,13 @@ def test_the_rest_of_the_catalogue_trains_without_a_warning(train: Trainer, mode
     narrow = ["model.width=8"] if model == "resnet9" else []
     plan = train(f"norm={','.join(rest)}", f"model={model}", "dataset=synthetic", "batch.size=8", "steps=10",
                  "optim.lr=0.05", *narrow, *REAL)  # fmt: skip
-    table = pd.read_csv(plan.folder / "results.csv", keep_default_na=False)
+    table = pd.read_csv(plan.folder / "results.csv", keep_default_na=False).set_index("norm")
     assert len(table) == len(rest) > 0
     assert set(table["status"]) == {"ok"}
-    assert set(table["warnings"]) == {""}, table[["norm", "warnings"]].to_string()
+    warned = {norm: text for norm, text in table["warnings"].items() if text}
+    if model == "resnet9":  # a ReLU is flat to a threshold at zero before it: the warning is right
+        assert re.fullmatch(r"never moved: ([\w.]+\.tau(, |$))+", warned.pop("frn"))
+    assert not warned
 
 
 def small_folders(root: Path) -> None:

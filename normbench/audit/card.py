@@ -18,9 +18,10 @@ from normbench.audit.subject import Subject, activations, call, first_line
 from normbench.values import Refused
 
 Check = Callable[[Subject], str]
-WIDTHS = (12, 16, 64, 48, 256)
+WIDTHS = (12, 16, 64, 60, 48, 256)
 
 CHECKS: dict[str, Check] = {
+    "repeatable": behaviour.repeatable,
     "statistics": behaviour.statistics,
     "evaluation": behaviour.evaluation,
     "mode": behaviour.modes,
@@ -51,6 +52,7 @@ class Card:
 
     norm: str
     layer: str
+    options: dict[str, Any]
     num_features: int
     findings: list[Finding]
 
@@ -98,7 +100,7 @@ def subject_of(norm: str, values: Mapping[str, Any]) -> Subject:
             layer = subject.build()
         except Refused:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = reason or f"norm={norm} cannot be built: {first_line(error)}"
             continue
         if not isinstance(layer, nn.Module):
@@ -139,4 +141,4 @@ def audit(norm: str, values: Mapping[str, Any], *, backend: str | None, with_cos
     findings = [run_check(subject, name, check) for name, check in checks.items()]
     layer = subject.build()
     called = f"{type(layer).__module__}.{type(layer).__qualname__}({layer.extra_repr()})"
-    return Card(norm, called, subject.num_features, findings)
+    return Card(norm, called, subject.options, subject.num_features, findings)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -28,10 +29,12 @@ def run(composer: Composer, master: DictConfig, arguments: Sequence[str]) -> Non
 
     import torch
 
-    from normbench.audit.card import Card, audit
+    from normbench.audit.card import Card, audit, subject_of
     from normbench.device import use_threads
 
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    for values, choices in composed:
+        subject_of(choices["norm"], values["norm"])  # all can be built before the first is looked at
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
     cards: list[Card] = []
     for values, choices in composed:
         use_threads(values["threads"])
@@ -57,8 +60,13 @@ def run(composer: Composer, master: DictConfig, arguments: Sequence[str]) -> Non
 def check(values: Values) -> None:
     """What no rule of a single key says."""
     target = values["json"]
-    if target is not None and Path(str(target)).is_dir():
-        raise Refused(f"json={target} is a folder; name a file")
+    if target is not None:
+        path = Path(str(target))
+        if not str(target) or path.is_dir():
+            raise Refused(f"json={target or repr('')} is no file's name")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise Refused(f"json={target}: {path.parent} cannot be written to")
 
 
 def write_json(target: str, cards: list[dict[str, object]]) -> None:

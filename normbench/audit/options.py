@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normbench.audit.findings import Broken
 from normbench.audit.subject import Subject, activations
 from normbench.manifest import behaviour, differ, telling_counts
 
+WIDE = 64
 ENOUGH = 4  # other values without effect after which an option counts as idle
 
 
@@ -19,10 +20,14 @@ def options(subject: Subject) -> str:
     """Every option with another value changes outputs, gradients, state or the operators that run."""
     found: dict[str, list[str]] = {"acts": [], "acts with": [], "idle": [], "refused": [], "single": []}
     for key, value in subject.options.items():
-        if not subject.signature or key in subject.signature:
-            verdict, beside = tried(subject, key, value)
-            found[verdict].append(f"{key} with {beside}" if beside else key)
+        verdict, beside = tried(subject, key, value)
+        found[verdict].append(f"{key} with {beside}" if beside else key)
     acts = found["acts"] + found["acts with"]
+    wide = [key for key in found["acts"] if not acts_when_wide(subject, key)]
+    if wide:
+        raise Broken(
+            f"{', '.join(wide)}: acts on {subject.num_features} channels, not on {WIDE}, channels last"
+        )
     if found["idle"]:
         rest = f" ({', '.join(acts)} act)" if acts else ""
         raise Broken(f"{', '.join(found['idle'])}: no other value changes anything{rest}")
@@ -51,27 +56,51 @@ def tried(subject: Subject, key: str, value: Any) -> tuple[str, str]:
         for beside in switches(subject, switch, state) if switch != key else ():
             if any(compared(subject, key, other, {switch: beside})[1] for other in alternatives[:ENOUGH]):
                 return "acts with", f"{switch}={'null' if beside is None else str(beside).lower()}"
-    guessed = value is None and subject.signature[key].annotation is inspect.Parameter.empty
+    guessed = (
+        value is None
+        and key in subject.signature
+        and subject.signature[key].annotation is inspect.Parameter.empty
+    )
     return ("single" if guessed else "idle"), ""
 
 
-def compared(subject: Subject, key: str, other: Any, beside: dict[str, Any]) -> tuple[bool, bool]:
+def acts_when_wide(subject: Subject, key: str) -> bool:
+    """Whether the option also acts where a fast path would run: more channels, channels last."""
+    wide = Subject(subject.values, WIDE)
+    x = activations((8, WIDE, 6, 6), torch.float32).contiguous(memory_format=torch.channels_last)
+    built = 0
+    for other in others(subject, key, subject.options[key]):
+        works, apart = compared(wide, key, other, {}, x)
+        if apart:
+            return True
+        built += works
+    return not built
+
+
+def compared(
+    subject: Subject, key: str, other: Any, beside: dict[str, Any], x: Tensor | None = None
+) -> tuple[bool, bool]:
     """Whether the layer builds with the other value, and whether that tells in any way."""
     try:
         pairs = [
-            [subject.build(torch.float32, fresh=fresh, changes=c) for c in (beside, {**beside, key: other})]
+            [
+                subject.build(torch.float32, None if x is None else tuple(x.shape), fresh=fresh, changes=c)
+                for c in (beside, {**beside, key: other})
+            ]
             for fresh in (False, True)
         ]
     except Exception:  # whatever a constructor says to a value that is wrong for it
         return False, False
-    return True, any(tells_apart(subject, layer, twin, other) for layer, twin in pairs)
+    return True, any(tells_apart(subject, layer, twin, other, x) for layer, twin in pairs)
 
 
-def tells_apart(subject: Subject, layer: nn.Module, twin: nn.Module, other: Any) -> bool:
+def tells_apart(
+    subject: Subject, layer: nn.Module, twin: nn.Module, other: Any, x: Tensor | None = None
+) -> bool:
     """Whether two layers hold other things, or behave differently on a probe at some count of batches."""
     if facts(layer) != facts(twin):
         return True
-    x = activations(subject.maps, torch.float32)
+    x = activations(subject.maps, torch.float32) if x is None else x
     for batches in telling_counts({**subject.options, "other": other}):
         for probe in (x, 0.01 * x, 8 * x + 3):
             try:
@@ -94,7 +123,7 @@ def others(subject: Subject, key: str, value: Any) -> Iterator[Any]:
     if isinstance(value, bool):
         yield not value
     elif isinstance(value, int):
-        tried_first = (value + 1, value // 2, 2, 4, 2 * value, 3 * value, 1, 0)
+        tried_first = (2, value + 1, value // 2, 4, 2 * value, 3 * value, 1, 0)
         yield from dict.fromkeys(v for v in tried_first if v != value)
     elif isinstance(value, float):
         yield from (v for v in (value / 2, value * 3 + 0.01, value + 1) if v != value)

@@ -2,32 +2,58 @@
 
 import copy
 import gc
-import inspect
+import random
 import types
 import weakref
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from normbench.audit.findings import Broken, Doubtful, require
-from normbench.audit.subject import Subject, activations, after, back, call, outcome
+from normbench.audit.subject import Subject, activations, after, back, call, distance, outcome
 from normbench.building import MODULE_ATTRIBUTES
 
-STEPS = 200
+STEPS, SGD_STEPS = 200, 12
 
 
 def building(subject: Subject) -> str:
     """Building draws no random numbers, and a misspelt option is an error."""
-    before = torch.get_rng_state()
-    subject.make(subject.num_features, **sized(subject))
-    drew = not torch.equal(before, torch.get_rng_state())
-    torch.set_rng_state(before)
-    sink = [n for n, p in subject.signature.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
-    require(not sink, f"**{sink[0] if sink else ''} swallows misspelt options")
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    layer = subject.make(subject.num_features, **sized(subject))
+    drew = [
+        name
+        for name, same in (
+            ("torch", torch.equal(before[0], torch.get_rng_state())),
+            ("NumPy", repr(before[1]) == repr(np.random.get_state())),
+            ("Python", before[2] == random.getstate()),
+        )
+        if not same
+    ]
+    torch.set_rng_state(before[0])
+    np.random.set_state(before[1])
+    random.setstate(before[2])
+    ends = []
+    for seed in (1, 2):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            layer.double().train()(activations(subject.maps))
+            ends.append(torch.get_rng_state())
+    require(not torch.equal(*ends), "forward sets torch's generator to a state of its own")
+    require(not swallows(subject), "a misspelt option is taken without a word")
     if drew:
-        raise Doubtful("building draws random numbers from torch's generator")
+        raise Doubtful(f"building draws random numbers from the generator of {' and '.join(drew)}")
     return "draws no random numbers; a misspelt option is refused"
+
+
+def swallows(subject: Subject) -> bool:
+    """Whether the constructor takes an option that nobody has."""
+    try:
+        subject.build(changes={"no_such_option": 1})
+    except Exception:
+        return False
+    return True
 
 
 def sized(subject: Subject) -> dict[str, Any]:
@@ -44,7 +70,7 @@ def parameters(subject: Subject) -> str:
     optimizer = torch.optim.SGD(trained.values(), lr=1e-2) if trained else None
     target = activations(subject.maps, seed=20)
     without = set(trained)
-    for seed in range(1, 6):
+    for seed in range(1, SGD_STEPS + 1):
         layer.zero_grad()
         x = activations(subject.maps, seed=seed).requires_grad_()
         y = call(layer, x, training=True)
@@ -60,7 +86,11 @@ def parameters(subject: Subject) -> str:
             optimizer.step()
     require(not without, f"no gradient reaches {', '.join(sorted(without))}")
     still = [name for name, p in trained.items() if torch.equal(p.detach(), start[name])]
-    require(not still, f"{', '.join(still)} never moved in five steps of SGD")
+    require(not still, f"{', '.join(still)} never moved in {SGD_STEPS} steps of SGD")
+    overwritten = [name for name in trained if writes_over(subject, name)]
+    require(
+        not overwritten, f"forward writes over {', '.join(overwritten)}: what an optimizer does to it is lost"
+    )
     frozen = sorted(known.keys() - trained.keys())
     moved = [name for name in frozen if not torch.equal(known[name].detach(), start[name])]
     require(not moved, f"{', '.join(moved)} moved though frozen")
@@ -69,6 +99,18 @@ def parameters(subject: Subject) -> str:
     says = [f"{name} {tuple(p.shape)}" for name, p in trained.items()]
     said = f"{', '.join(says)} get gradient and move" if says else "none trained"
     return said + (f"; {', '.join(frozen)} frozen" if frozen else "")
+
+
+def writes_over(subject: Subject, name: str) -> bool:
+    """Whether a forward gives a parameter another value than the one that was put there."""
+    for by in (0.0, 0.1):
+        layer = subject.build()
+        with torch.no_grad():
+            put = dict(layer.named_parameters())[name].mul_(1 - by).clone()
+        call(layer, activations(subject.maps), training=True)
+        if not torch.equal(dict(layer.named_parameters())[name].detach(), put):
+            return True
+    return False
 
 
 def leaves(y: Tensor) -> list[Tensor]:
@@ -91,6 +133,7 @@ def graphs(subject: Subject) -> str:
     shape = subject.shape(4, 0, 3, 3)
     layer = subject.build(shape=shape)
     alive: list[int] = []
+    tensors: list[int] = []
     saved: weakref.WeakSet[Saved] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> Saved:
@@ -111,6 +154,7 @@ def graphs(subject: Subject) -> str:
             del x
             if seed in (9, STEPS - 1):
                 alive.append(len(saved))
+                tensors.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
     if alive[1] > alive[0]:
         gc.collect()  # what only waits for the collector is no leak
     grows = len(saved) - alive[0]
@@ -119,6 +163,8 @@ def graphs(subject: Subject) -> str:
     )
     for name, value in [*layer.named_buffers(), *plain_tensors(layer)]:
         require(value.grad_fn is None, f"{name} carries a graph")
+    more = tensors[1] - tensors[0]
+    require(more < STEPS // 2, f"{more} more tensors are held after {STEPS} steps than after 10")
     twice = subject.build()
     x = activations(subject.maps).requires_grad_()
     try:
@@ -195,4 +241,6 @@ def from_torch(subject: Subject) -> str:
         return ""
     torchs(activations(subject.maps))
     layer.load_state_dict(torchs.state_dict())
-    return "; takes nn.BatchNorm2d's state"
+    x = activations(subject.maps, seed=30)
+    alike = distance(call(layer, x, training=False), torchs.eval()(x)) <= subject.tolerance
+    return "; takes nn.BatchNorm2d's state" + (" and then evaluates as it" if alike else "")

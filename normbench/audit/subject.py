@@ -100,7 +100,9 @@ class Subject:
         try:
             layer = self.build(shape=shape)
             for training in (True, False):
-                call(layer, activations(shape), training)
+                y = call(layer, activations(shape), training)
+                if y.shape != shape:
+                    return ValueError(f"the shape {tuple(y.shape)}")
         except Exception as error:
             return error
         return None
@@ -209,7 +211,8 @@ def distance(a: Tensor, b: Tensor) -> float:
         return 0.0
     if not (a.isfinite().all() and b.isfinite().all()):
         return float("nan")
-    return ((a - b).abs().max() / b.abs().max().clamp_min(1e-300)).item()
+    largest = max(a.abs().max().item(), b.abs().max().item())
+    return (a - b).abs().max().item() / largest if largest else 0.0
 
 
 def first_line(error: BaseException) -> str:

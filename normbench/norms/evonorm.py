@@ -24,17 +24,18 @@ class EvoNormS0(Norm):
 
     Args:
         num_features: channels C.
-        num_groups: groups G, dividing C; with fewer channels than groups each channel is one.
+        num_groups: the most groups; there are as many as the largest divisor of C up to it.
         eps: added to the variance, ≥ 0.
         affine: learn weight and bias; False leaves both None.
         train_weight: False freezes the weight at its start.
         train_bias: False freezes the bias at its start.
     Shape: (N, C, *) → (N, C, *), 0 to 3 spatial axes.
     State: none; the parameter v1 (C,), ones, beside weight and bias.
-    Raises: ValueError — another channel count or rank; num_groups does not divide num_features.
+    Raises: ValueError — another channel count or rank.
     Source: Liu, Brock, Simonyan and Le, Evolving Normalization-Activation Layers, arXiv 2004.02967, and the
         authors' listing (32 groups, eps 1e-5).
-        Differs from the source in: a group of one value is not divided, it has no spread.
+        Differs from the source in: a group of one value is not divided, it has no spread; num_groups need
+        not divide C.
     """
 
     def __init__(
@@ -49,9 +50,8 @@ class EvoNormS0(Norm):
     ) -> None:
         super().__init__(num_features, affine=affine, train_weight=train_weight, train_bias=train_bias)
         self.eps = number_from("eps", eps, 0)
-        self.num_groups = min(positive_int("num_groups", num_groups), num_features)
-        if num_features % self.num_groups:
-            raise ValueError(f"num_groups={num_groups} does not divide num_features={num_features}")
+        most = min(positive_int("num_groups", num_groups), num_features)
+        self.num_groups = next(groups for groups in range(most, 0, -1) if num_features % groups == 0)
         self.v1 = nn.Parameter(torch.ones(num_features))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ class SyncBatchNorm(PlainBatchNorm):
 
     mean and var (÷n) over the processes' batches together and all spatial axes in training; evaluation uses
     the running moments. Shares may differ in size, and all but one may be empty. x's gradient is that of the
-    sum of the processes' losses. In one process, with a process group or without, it is `bn`.
+    sum of the processes' losses. In one process, with a process group or without, it is `bn`. Evaluation
+    never waits for other processes; with track_running_stats=False it measures its own share.
 
     Args:
         num_features: channels C.
@@ -83,7 +84,7 @@ class SyncBatchNorm(PlainBatchNorm):
         )
 
     def by_batch(self, x: Tensor) -> Tensor:
-        if processes() == 1 or x.is_meta:
+        if processes() == 1 or x.is_meta or not self.training:
             return super().by_batch(x)
         mean, var, count = self.joined_stats(x)
         if self.track_running_stats:
