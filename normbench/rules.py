@@ -108,6 +108,7 @@ RULES: dict[str, Rule] = {
     "model.norm_layers": layer_choice,
     "model.dropout": below_one,
     "model.dropout_position": either("before", "after"),
+    "model.activation": optional(either("relu", "gelu", "silu", "sigmoid", "tanh", "none")),
     "model.shortcut": either("conv", "pad"),
     "model.stride_on": either("3x3", "1x1"),
     "model.init": either("torch", "xavier", "he", "glorot"),

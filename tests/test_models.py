@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from normbench.models.init import SCHEMES, initialise
+from normbench.norms.frn import FilterResponseNorm
 from normbench.seeds import Seeds
 
 CONF = Path(__file__).parent.parent / "conf" / "model"
@@ -386,6 +387,30 @@ def test_position_and_dropout_change_what_runs(
     assert executed(model, model.layer1[0]) == [*first, *second, "downsample", *third]
     model = build("resnet50", size=16, **options)
     assert [s for s in executed(model, model) if s in {"conv1", "bn1", "relu", "dropout"}] == first
+
+
+@pytest.mark.parametrize("name", ["resnet9", "resnet50", "resnet_cifar", "lenet", "dilated_cnn"])
+def test_the_activation_can_be_another_or_left_to_the_norm(name: str) -> None:
+    def of(kind: type[nn.Module], **options: Any) -> int:
+        return sum(type(m) is kind for m in build(name, size=16, **options).modules())
+
+    own = {"lenet": nn.Sigmoid, "dilated_cnn": nn.GELU}.get(name, nn.ReLU)
+    units = of(own)
+    assert units >= 4
+    assert of(nn.SiLU, activation="silu") == units and of(own, activation="silu") == 0
+    assert of(own, activation="none") == 0
+    with pytest.raises(
+        Exception, match=r"activation must be one of relu, gelu, .* got 'rellu'; did you mean 'relu'"
+    ):
+        build(name, size=16, activation="rellu")
+
+
+def test_a_norm_that_holds_its_activation_trains_its_threshold_without_the_models() -> None:
+    for activation, moves in ((None, False), ("none", True)):
+        model = build("resnet9", norm=FilterResponseNorm, width=4, activation=activation)
+        model(torch.randn(4, 3, 16, 16)).square().sum().backward()
+        layer = next(iter(model.norm_layers.values()))
+        assert bool(layer.tau.grad.any()) is moves
 
 
 def test_residual_is_added_before_the_activation_and_shortcuts_have_no_dropout() -> None:

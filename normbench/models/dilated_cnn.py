@@ -18,7 +18,7 @@ class DilatedCNN(nn.Module):
 
     Args:
         width: channels of every convolution.
-        bias, norm_position, dropout, dropout_position: see `Recipe`.
+        bias, norm_position, dropout, dropout_position, activation: see `Recipe`.
         norm_layers: which slots get the norm, see `place_norms`.
         init: torch, xavier, he or glorot, see `initialise`.
         weight: none, standardized, scaled or weight_norm, see `reparametrize`.
@@ -43,6 +43,7 @@ class DilatedCNN(nn.Module):
         norm_layers: str | Sequence[str] = "all",
         dropout: float = 0.0,
         dropout_position: str = "after",
+        activation: str | None = None,
         init: str = "torch",
         weight: str = "none",
     ) -> None:
@@ -50,7 +51,7 @@ class DilatedCNN(nn.Module):
         check_task("dilated_cnn", in_channels, num_classes, image_size)
         w = positive_int("width", width)
         self.init = one_of("init", init, SCHEMES)
-        recipe = Recipe(bias, norm_position, dropout, dropout_position)
+        recipe = Recipe(bias, norm_position, dropout, dropout_position, activation)
 
         self.conv1 = ConvUnit(in_channels, w, recipe, activation=nn.GELU)
         self.conv2 = ConvUnit(w, w, recipe, activation=nn.GELU, dilation=2)

@@ -19,7 +19,7 @@ class LeNet(nn.Module):
 
     Args:
         padding: of the first convolution; 2 is the book's LeNet without norm.
-        bias, norm_position, dropout, dropout_position: see `Recipe`; here of linear layers too.
+        bias, norm_position, dropout, dropout_position, activation: see `Recipe`; here of linear layers too.
         norm_layers: which slots get the norm, see `place_norms`.
         init: torch, xavier, he or glorot, see `initialise`.
         weight: none, standardized, scaled or weight_norm, see `reparametrize`.
@@ -45,6 +45,7 @@ class LeNet(nn.Module):
         norm_layers: str | Sequence[str] = "all",
         dropout: float = 0.0,
         dropout_position: str = "after",
+        activation: str | None = None,
         init: str = "xavier",
         weight: str = "none",
     ) -> None:
@@ -52,7 +53,7 @@ class LeNet(nn.Module):
         check_task("lenet", in_channels, num_classes, image_size, smallest=16)
         padding = int_from("padding", padding, 0)
         self.init = one_of("init", init, SCHEMES)
-        recipe = Recipe(bias, norm_position, dropout, dropout_position)
+        recipe = Recipe(bias, norm_position, dropout, dropout_position, activation)
         height, width = (((side + 2 * padding - 4) // 2 - 4) // 2 for side in image_size)
 
         self.conv1 = ConvUnit(in_channels, 6, recipe, activation=nn.Sigmoid, kernel_size=5, padding=padding)

@@ -25,7 +25,7 @@ class Bottleneck(resnet.Bottleneck):  # type: ignore[misc]
         self.recipe = recipe
         if stride_on == "1x1":
             self.conv1.stride, self.conv2.stride = self.conv2.stride, self.conv1.stride
-        self.relu = nn.ReLU()  # not in place: what a hook saw of a norm stays as it was
+        self.relu = recipe.make_activation(nn.ReLU)  # not in place: what a hook saw of a norm stays
         self.dropout = recipe.make_dropout()
         for name in ("conv3", "bn3"):  # behind the shortcut: slots stand in the order of the forward pass
             layer = getattr(self, name)
@@ -45,7 +45,7 @@ class ResNet50(resnet.ResNet):  # type: ignore[misc]
 
     Args:
         stride_on: 3x3, a block's middle convolution (v1.5, torchvision), or 1x1, its first (v1, Keras).
-        bias, norm_position, dropout, dropout_position: see `Recipe`; bias=true is Keras'.
+        bias, norm_position, dropout, dropout_position, activation: see `Recipe`; bias=true is Keras'.
         norm_layers: which slots get the norm, see `place_norms`.
         init: torch, xavier, he or glorot, see `initialise`; he is torchvision's, glorot Keras'.
         weight: none, standardized, scaled or weight_norm, see `reparametrize`.
@@ -72,18 +72,19 @@ class ResNet50(resnet.ResNet):  # type: ignore[misc]
         norm_layers: str | Sequence[str] = "all",
         dropout: float = 0.0,
         dropout_position: str = "after",
+        activation: str | None = None,
         init: str = "he",
         weight: str = "none",
     ) -> None:
         check_task("resnet50", in_channels, num_classes, image_size)
         one_of("stride_on", stride_on, ("3x3", "1x1"))
         one_of("init", init, SCHEMES)
-        recipe = Recipe(bias, norm_position, dropout, dropout_position)
+        recipe = Recipe(bias, norm_position, dropout, dropout_position, activation)
         super().__init__(Bottleneck, [3, 4, 6, 3], num_classes=num_classes, norm_layer=Slot)
         self.init = init
         self.recipe = recipe
         self.conv1 = nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
-        self.relu = nn.ReLU()
+        self.relu = recipe.make_activation(nn.ReLU)
         self.dropout = recipe.make_dropout()
         for module in self.modules():
             if isinstance(module, Bottleneck):

@@ -21,7 +21,7 @@ class ResNet9(nn.Module):
     Args:
         width: channels of the first layer; the others have 2 and 4 times as many.
         logit_scale: fixed factor on the logits, > 0.
-        bias, norm_position, dropout, dropout_position: see `Recipe`.
+        bias, norm_position, dropout, dropout_position, activation: see `Recipe`.
         norm_layers: which slots get the norm, see `place_norms`.
         init: torch, xavier, he or glorot, see `initialise`.
         weight: none, standardized, scaled or weight_norm, see `reparametrize`.
@@ -48,6 +48,7 @@ class ResNet9(nn.Module):
         norm_layers: str | Sequence[str] = "all",
         dropout: float = 0.0,
         dropout_position: str = "after",
+        activation: str | None = None,
         init: str = "torch",
         weight: str = "none",
     ) -> None:
@@ -56,7 +57,7 @@ class ResNet9(nn.Module):
         w = positive_int("width", width)
         self.logit_scale = above_zero("logit_scale", logit_scale)
         self.init = one_of("init", init, SCHEMES)
-        recipe = Recipe(bias, norm_position, dropout, dropout_position)
+        recipe = Recipe(bias, norm_position, dropout, dropout_position, activation)
 
         def unit(features: int, out_features: int) -> ConvUnit:
             return ConvUnit(features, out_features, recipe, activation=nn.ReLU)

@@ -63,7 +63,7 @@ class ResNetCIFAR(nn.Module):
         n: blocks per stage.
         shortcut: conv, a 1×1 convolution with a norm where the width doubles, or pad, zeros.
         width: channels of the first stage.
-        bias, norm_position, dropout, dropout_position: see `Recipe`.
+        bias, norm_position, dropout, dropout_position, activation: see `Recipe`.
         norm_layers: which slots get the norm, see `place_norms`.
         init: torch, xavier, he or glorot, see `initialise`.
         weight: none, standardized, scaled or weight_norm, see `reparametrize`.
@@ -92,6 +92,7 @@ class ResNetCIFAR(nn.Module):
         norm_layers: str | Sequence[str] = "all",
         dropout: float = 0.0,
         dropout_position: str = "after",
+        activation: str | None = None,
         init: str = "torch",
         weight: str = "none",
     ) -> None:
@@ -100,7 +101,7 @@ class ResNetCIFAR(nn.Module):
         w, n = positive_int("width", width), positive_int("n", n)
         one_of("shortcut", shortcut, ("conv", "pad"))
         self.init = one_of("init", init, SCHEMES)
-        recipe = Recipe(bias, norm_position, dropout, dropout_position)
+        recipe = Recipe(bias, norm_position, dropout, dropout_position, activation)
 
         def stage(channels: int, out_channels: int) -> nn.Sequential:
             widths = [channels] + [out_channels] * (n - 1)

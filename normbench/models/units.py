@@ -8,6 +8,14 @@ from torch import Tensor, nn
 from normbench.values import below_one, flag, one_of, positive_int
 
 MakeNorm = Callable[..., nn.Module]
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "none": nn.Identity,
+}
 
 
 @dataclass(frozen=True)
@@ -19,18 +27,27 @@ class Recipe:
         norm_position: before or after the activation.
         dropout: the probability of a zero; 0 for none.
         dropout_position: before, directly before the norm slot, or after, at the end of the unit.
+        activation: a name of ACTIVATIONS in place of the model's own, which None keeps; "none" leaves it to
+            norms that hold one.
     """
 
     bias: bool
     norm_position: str
     dropout: float
     dropout_position: str
+    activation: str | None = None
 
     def __post_init__(self) -> None:
         flag("bias", self.bias)
         one_of("norm_position", self.norm_position, ("before", "after"))
         below_one("dropout", self.dropout)
         one_of("dropout_position", self.dropout_position, ("before", "after"))
+        if self.activation is not None:
+            one_of("activation", self.activation, ACTIVATIONS)
+
+    def make_activation(self, own: Callable[[], nn.Module]) -> nn.Module:
+        """The chosen activation, else the model's own."""
+        return own() if self.activation is None else ACTIVATIONS[self.activation]()
 
     def make_dropout(self) -> nn.Module:
         """A layer that draws nothing where the probability is 0."""
@@ -81,7 +98,7 @@ class ConvUnit(nn.Module):
 
     Args:
         padding: null keeps the size, `dilation * (kernel_size // 2)`.
-        activation: its class.
+        activation: the class of the model's own.
 
     Shape: (N, in_channels, H, W) → (N, out_channels, ⌈H/stride⌉, ⌈W/stride⌉), for the padding null.
     """
@@ -110,7 +127,7 @@ class ConvUnit(nn.Module):
             bias=recipe.bias,
         )
         self.norm: nn.Module = Slot(out_channels)
-        self.activation = activation()
+        self.activation = recipe.make_activation(activation)
         self.dropout = recipe.make_dropout()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -127,7 +144,7 @@ class LinearUnit(nn.Module):
         self.recipe = recipe
         self.linear = nn.Linear(in_features, out_features, bias=recipe.bias)
         self.norm: nn.Module = Slot(out_features, "fc")
-        self.activation = activation()
+        self.activation = recipe.make_activation(activation)
         self.dropout = recipe.make_dropout()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class EvoNormS0(Norm):
         y = x · sigmoid(v1 · x) / sqrt(var + eps) * weight + bias
 
     var (÷n) over the channels of a group and all spatial axes, per sample, in training and evaluation alike.
-    It is an activation too; a model's own comes on top.
+    It is an activation too: use model.activation=none.
 
     Args:
         num_features: channels C.
@@ -69,7 +69,7 @@ class EvoNormB0(PlainBatchNorm):
         y = x / max(sqrt(var + eps), v1 · x + sqrt(own + eps)) * weight + bias
 
     var (÷n) over the batch and all spatial axes in training, the running one in evaluation; own (÷n) over the
-    spatial axes, per sample and channel. It is an activation too; a model's own comes on top.
+    spatial axes, per sample and channel. It is an activation too: use model.activation=none.
 
     Args:
         num_features: channels C.

@@ -13,7 +13,8 @@ class FilterResponseNorm(Norm):
         y = max(x / sqrt(mean(x²) + eps) * weight + bias, tau)
 
     the mean over all spatial axes, per sample and channel, in training and evaluation alike. The threshold
-    stands in for a ReLU: directly before one, which is flat where it cuts, tau never leaves its start, zero.
+    is the activation: use model.activation=none. Directly before a ReLU, which is flat where it cuts, tau
+    never leaves its start, zero.
 
     Args:
         num_features: channels C.

@@ -31,7 +31,7 @@ class ProxyNorm(Norm):
 
     mean and var (÷n) over the channels of a group and all spatial axes, per sample; f the activation; m and v
     per channel, taken over num_quantiles evenly spaced quantiles of p and differentiated with the rest.
-    Training and evaluation are alike. A model's own activation comes on top.
+    Training and evaluation are alike. It holds its activation: use model.activation=none.
 
     Args:
         num_features: channels C.
