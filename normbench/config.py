@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from normbench.data.options import DatasetOptions
-from normbench.rules import RULES, Interval, interval
+from normbench.rules import RULES, Every, Interval, every, interval
 from normbench.values import Refused, closest, nearest, one_of
 
 Values = dict[str, Any]
@@ -61,6 +61,13 @@ class Config:
     data_dir: str
     tensorboard: bool
     save_model: bool
+    checkpoint: Values
+
+    @property
+    def checkpoint_every(self) -> Every | None:
+        """How often to write a checkpoint."""
+        given = self.checkpoint["every"]
+        return None if given is None else every("checkpoint.every", given)
 
     @classmethod
     def of(cls, values: Values, choices: Mapping[str, str]) -> "Config":

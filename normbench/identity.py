@@ -19,7 +19,8 @@ OUTSIDE = {
     *("study", "fidelity", "plan", "session", "seed"),  # what asked for it, and which repetition
     *("config_hash", "choices"),  # config.yaml's own
     "stride",  # folded into norm.stride
-    *("threads", "data_dir", "out", "tensorboard", "save_model", "dataset.download", "dataset.workers"),
+    *("threads", "data_dir", "out", "tensorboard", "save_model", "checkpoint", "retry_failed"),
+    *("dataset.download", "dataset.workers"),
 }
 # keys added later whose default is a word: left out at it
 LATER = {"model.weight": "none", "norm.sample": "stride"}

@@ -85,6 +85,10 @@ class Plan:
         """Whether the session's own file says that it ended."""
         return (self.session_folder(planned) / "session.json").is_file()
 
+    def failed(self, planned: Planned) -> bool:
+        """Whether the session's last attempt ended in an error."""
+        return (self.session_folder(planned) / "failure.json").is_file() and not self.finished(planned)
+
     def config_text(self, planned: Planned) -> str:
         """A session's config.yaml: every value, the chosen options and the setting's hash."""
         arm = self.arms[planned.arm]
@@ -174,9 +178,13 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all: beside it first, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

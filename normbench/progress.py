@@ -39,6 +39,11 @@ class SessionProgress:
     ) -> None:
         self.bar.stop()
 
+    def skip(self, steps: int) -> None:
+        """So many steps were done before."""
+        self.bar.advance(self.task, steps)
+        print(f"{self.title}: goes on from step {steps}/{self.total_steps}", flush=True)
+
     def step(self, images: int) -> None:
         """One update is done, on so many images; costs a counter, and the bar's text twice a second."""
         if self.bar.disable:
@@ -58,4 +63,5 @@ class SessionProgress:
         self.losses = f"loss {row.train_loss:.4f}  train {row.train_acc:.4f}{val}{test}"
         if not self.console.is_terminal:
             at = f"{self.title}  epoch {row.epoch}  step {row.step}/{self.total_steps}"
-            print(f"{at}  {self.losses}  {row.images_per_s:,.0f} images/s", flush=True)
+            rate = "" if row.images_per_s is None else f"  {row.images_per_s:,.0f} images/s"
+            print(f"{at}  {self.losses}{rate}", flush=True)

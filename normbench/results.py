@@ -43,20 +43,22 @@ class EpochRow:
     test_loss: float | None
     test_acc: float | None
     lr: float
-    epoch_time_s: float
+    epoch_time_s: float | None  # None where the epoch was interrupted
     eval_time_s: float | None
-    images_per_s: float
+    images_per_s: float | None
     peak_memory_mib: float
     finished_at: str
 
 
 class EpochTable:
-    """epochs.csv, begun anew and flushed at every row."""
+    """epochs.csv, begun anew with the rows so far and flushed at every row."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, so_far: Sequence[EpochRow] = ()) -> None:
         self.file = path.open("w", newline="")
         self.writer = csv.writer(self.file, lineterminator="\n")
         self.writer.writerow([f.name for f in fields(EpochRow)])
+        for row in so_far:
+            self.append(row)
 
     def append(self, row: EpochRow) -> None:
         """Write one row through to the file."""
@@ -80,17 +82,20 @@ class Outcome:
     total_time_s: float
 
     def epoch_times(self) -> list[float]:
-        """Seconds per epoch, one per row as long as the first; a row that is no epoch is scaled to one."""
+        """Seconds per epoch, one per row as long as the first; a row that is no epoch is scaled to one.
+
+        An epoch that was interrupted has none.
+        """
         steps = [b.step - a for a, b in zip([0, *(r.step for r in self.rows)], self.rows, strict=False)]
         whole = [(row, n) for row, n in zip(self.rows, steps, strict=True) if n == steps[0]]
-        return [row.epoch_time_s * self.steps_per_epoch / n for row, n in whole]
+        return [r.epoch_time_s * self.steps_per_epoch / n for r, n in whole if r.epoch_time_s is not None]
 
     def columns(self) -> Row:
         """The measured part of the result row."""
         times = self.epoch_times()
         evaluations = [r.eval_time_s for r in self.rows if r.eval_time_s is not None]
         tested = [r.test_acc for r in self.rows if r.test_acc is not None]
-        median = statistics.median(times)
+        rates = [r.images_per_s for r in self.rows if r.images_per_s is not None]
         return {
             "status": self.status,
             "test_acc": self.reported.test_acc,
@@ -100,12 +105,12 @@ class Outcome:
             "val_acc": self.reported.val_acc,
             "train_acc": self.reported.train_acc,
             "train_loss": self.reported.train_loss,
-            "epoch_time_s": median,
-            "epoch_time_mean_s": statistics.fmean(times),
+            "epoch_time_s": statistics.median(times) if times else None,
+            "epoch_time_mean_s": statistics.fmean(times) if times else None,
             "epochs_timed": len(times),
             "eval_time_s": statistics.median(evaluations),
             "total_time_s": self.total_time_s,
-            "images_per_s": statistics.median(r.images_per_s for r in self.rows),
+            "images_per_s": statistics.median(rates) if rates else None,
             "peak_memory_mib": max(r.peak_memory_mib for r in self.rows),
         }
 

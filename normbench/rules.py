@@ -37,6 +37,24 @@ def interval(key: str, value: Any, unit: str = "epochs") -> Interval:
     return Interval(int(match[1]), f"{match[2]}s" if match[2] else unit)
 
 
+@dataclass(frozen=True)
+class Every:
+    """How often to write a checkpoint: `count` epochs or minutes."""
+
+    count: int
+    unit: str
+
+
+def every(key: str, value: Any) -> Every:
+    """`2epochs` or `10minutes`."""
+    match = re.fullmatch(r"(\d+) *(epoch|minute|min)s?", str(value))
+    if not match or int(match[1]) < 1:
+        raise ValueError(
+            f"{key} must be a count ≥ 1 of epochs or minutes, like 1epoch or 10minutes, got {value!r}"
+        )
+    return Every(int(match[1]), "epochs" if match[2] == "epoch" else "minutes")
+
+
 from_zero = partial(int_from, low=0)
 nonnegative = partial(number_from, low=0)
 
@@ -87,6 +105,7 @@ RULES: dict[str, Rule] = {
     "eval_every": interval,
     "threads": optional(positive_int),
     "backend": optional(either("aot_eager", "inductor")),
+    "checkpoint.every": optional(every),
     "batch.size": positive_int,
     "batch.eval_size": positive_int,
     "optim.lr": above_zero,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from normbench import device as machine
 from normbench.building import norm_layers_of
+from normbench.checkpoint import Checkpoints
 from normbench.config import Config
 from normbench.identity import short_names
 from normbench.manifest import idle_options, never_moved
@@ -21,7 +22,7 @@ from normbench.progress import SessionProgress
 from normbench.results import COLUMNS, EpochTable, Outcome, Row, finite, git_commit
 from normbench.scalars import Scalars
 from normbench.seeds import Seeds
-from normbench.training import Prepared, prepare, settings_of, start, train, warm_up
+from normbench.training import Course, Prepared, prepare, settings_of, start, train, warm_up
 from normbench.values import Refused
 
 PREPARED_AT_ONCE = 8
@@ -34,7 +35,8 @@ def run_slice(plan: Plan, first: int, last: int) -> None:
     """
     prepared: OrderedDict[int, Prepared] = OrderedDict()
     for planned in plan.sessions[first:last]:
-        if plan.finished(planned):
+        retried = plan.arms[planned.arm].values["retry_failed"]
+        if plan.finished(planned) or (plan.failed(planned) and not retried):
             continue
         started_at = utc_now()
         try:
@@ -59,22 +61,30 @@ def run_session(ready: Prepared, config: Config, plan: Plan, planned: Planned, s
     seeds = Seeds(config.seed, config.session)
     name = short_names({a.setting: a.arm for a in plan.arms})[arm.setting]
     title = f"{name} s{planned.session}"
-    with (
-        settings_of(config, ready.device),
-        contextlib.closing(EpochTable(folder / "epochs.csv")) as table,
-        contextlib.closing(Scalars(folder / "tb" if config.tensorboard else None)) as scalars,
-        SessionProgress(title, ready.total_steps) as progress,
-    ):
+    checkpoints = Checkpoints(folder, config.checkpoint_every)
+    with settings_of(config, ready.device):
         warm_up(ready, seeds)
         start(ready, seeds)
         first = {name: p.detach().cpu().clone() for name, p in ready.model.named_parameters()}
-        outcome, weights = train(ready, seeds, table, scalars, progress)
+        saved = checkpoints.read()
+        course = Course(ready) if saved is None else Course.resumed(ready, saved)
+        with (
+            contextlib.closing(EpochTable(folder / "epochs.csv", course.rows)) as table,
+            contextlib.closing(Scalars(folder / "tb" if config.tensorboard else None)) as scalars,
+            SessionProgress(title, ready.total_steps) as progress,
+        ):
+            if saved is not None:
+                progress.skip(course.step)
+                for earlier in course.rows:
+                    scalars.write(earlier)
+            outcome, weights = train(ready, seeds, course, table, scalars, progress, checkpoints)
+        threads = torch.get_num_threads()
         ready.optimizer.zero_grad()  # between its sessions a setting holds no gradients
         manifest = make_manifest(ready, first)
     if config.save_model:
         torch.save(weights, folder / "model.pt")
     row = {**started(plan, planned, started_at), **measured(ready, outcome, manifest)}
-    row = {column: row.get(column) for column in COLUMNS}
+    row = {column: row.get(column) for column in COLUMNS} | {"threads": threads}
     parts = {"train": ready.data.train, "val": ready.data.val, "test": ready.data.test}
     images = {name: part.num_samples for name, part in parts.items() if part}
     (folder / "failure.json").unlink(missing_ok=True)
@@ -82,7 +92,10 @@ def run_session(ready: Prepared, config: Config, plan: Plan, planned: Planned, s
         folder / "session.json",
         finite({"row": row, "images": images, "manifest": manifest, "config": arm.values}),
     )
-    accuracy = f"test_acc {outcome.reported.test_acc:.4f}, {row['epoch_time_s']:.3f} s an epoch"
+    if not config.checkpoint["keep"]:
+        checkpoints.remove()
+    paid = "no whole epoch" if row["epoch_time_s"] is None else f"{row['epoch_time_s']:.3f} s an epoch"
+    accuracy = f"test_acc {outcome.reported.test_acc:.4f}, {paid}"
     print(f"{title}: {outcome.status}, {accuracy}, row in {folder / 'session.json'}", flush=True)
 
 

@@ -3,6 +3,7 @@
 import itertools
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
+from normbench.checkpoint import epoch_of
 from normbench.config import Composer, plain
 from normbench.identity import identify
 from normbench.plan import Arm, Plan, Planned
@@ -29,12 +31,11 @@ def sweep(composer: Composer, launcher: Launcher, master: DictConfig, arguments:
     """Plan one command, check every arm before a folder exists, launch what is missing, gather the rows."""
     plan = make_plan(composer, master, arguments)
     plan.check_folders()
-    todo = [s for s in plan.sessions if not plan.finished(s)]
+    progress = Progress.of(plan, retry_failed=bool(plan.arms[0].values["retry_failed"]))
+    todo = progress.todo
     if todo:
         check_arms(plan, {s.arm: s for s in todo}.values(), here=runs_here(launcher))
-    done = len(plan.sessions) - len(todo)
-    print(f"{plan.study}: {count(len(plan.arms), 'arm')}, {count(len(plan.sessions), 'session')}, "
-          f"{done} done, {len(todo)} to run", flush=True)  # fmt: skip
+    print(progress.line, flush=True)
     plan.write()
     if todo:
         where = [f"plan.file={quoted(plan.path.resolve())}", f"out={quoted(plan.folder.parent)}"]
@@ -49,6 +50,48 @@ def sweep(composer: Composer, launcher: Launcher, master: DictConfig, arguments:
                 job_return.return_value  # noqa: B018  (raises what ended the job: sessions catch their own)
     gather(plan)
     report_failures(plan)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What of a plan is done, was interrupted or failed before, and what there is to run."""
+
+    plan: Plan
+    done: int
+    failed: int
+    epochs: list[int | None]  # of the interrupted sessions: where each goes on, None from the start
+    todo: list[Planned]
+
+    @classmethod
+    def of(cls, plan: Plan, retry_failed: bool) -> "Progress":
+        """As the sessions' folders have it; failed sessions are run again only on request."""
+        done, failed, epochs, todo = 0, 0, [], []
+        for planned in plan.sessions:
+            folder = plan.session_folder(planned)
+            if plan.finished(planned):
+                done += 1
+                continue
+            if plan.failed(planned):
+                failed += 1
+                todo += [planned] if retry_failed else []
+                continue
+            if (folder / "epochs.csv").is_file():
+                epochs.append(epoch_of(folder))
+            todo.append(planned)
+        return cls(plan, done, failed, epochs, todo)
+
+    @property
+    def line(self) -> str:
+        """`lenet_stride: 2 arms, 60 sessions: 42 of 60 done, 1 interrupted at epoch 7, 17 to run`."""
+        plan, said = self.plan, [f"{self.done} of {len(self.plan.sessions)} done"]
+        if self.epochs:
+            where = {f"at epoch {epoch}" if epoch else "before a checkpoint" for epoch in self.epochs}
+            said.append(f"{len(self.epochs)} interrupted {where.pop() if len(where) == 1 else 'on the way'}")
+        if self.failed and not any(map(plan.failed, self.todo)):
+            said.append(f"{self.failed} failed before (retry_failed=true runs them again)")
+        said.append(f"{len(self.todo) - len(self.epochs)} to run")
+        sizes = f"{count(len(plan.arms), 'arm')}, {count(len(plan.sessions), 'session')}"
+        return f"{plan.study}: {sizes}: {', '.join(said)}"
 
 
 def quoted(path: Path) -> str:

@@ -7,8 +7,8 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from normbench import device as machine
 from normbench.building import build, norm_layers_of, remake_strangers
+from normbench.checkpoint import Checkpoints
 from normbench.config import Config
 from normbench.data.loading import Data, EvalPart, load
 from normbench.data.options import DatasetOptions
@@ -193,24 +194,40 @@ def warm_up(ready: Prepared, seeds: Seeds) -> None:
 
 
 def train(
-    ready: Prepared, seeds: Seeds, table: EpochTable, scalars: Scalars, progress: SessionProgress
+    ready: Prepared,
+    seeds: Seeds,
+    course: "Course",
+    table: EpochTable,
+    scalars: Scalars,
+    progress: SessionProgress,
+    checkpoints: Checkpoints,
 ) -> tuple[Outcome, dict[str, Tensor]]:
     """Train a started model to its last step or to divergence; the outcome and the reported weights."""
     config, data, clock = ready.config, ready.data, machine.Stopwatch(ready.device)
     steps_per_epoch, every = data.train.steps_per_epoch, config.eval_every
     row_steps = every.count if every.unit == "steps" else steps_per_epoch
     eval_steps = every.count * (1 if every.unit == "steps" else steps_per_epoch)
-    totals, rows, selection = Totals(ready.device), [], Selection(config)
+    totals, rows, selection = course.totals, course.rows, course.selection
     held = machine.reset_peak_memory(ready.device) - bytes_of(ready)
-    began = time.perf_counter()
+    began = time.perf_counter() - course.elapsed_s
+
+    def save(epoch_ended: int | None) -> None:
+        if checkpoints.due(epoch_ended):
+            course.elapsed_s = time.perf_counter() - began
+            checkpoints.write(course.body(ready))
 
     clock.start()
-    for step, (epoch, x, y) in enumerate(endless(data, seeds), start=1):
+    for step, (epoch, x, y) in enumerate(endless(data, seeds, course.step), start=course.step + 1):
         torch.manual_seed(seeds.number("forward", epoch, step))  # dropout and sampling norms draw from this
         lr = ready.schedule.apply(ready.optimizer, step - 1)
         totals.add(*train_step(ready, x, y), y)
         progress.step(len(y))
+        course.step = step
         if step % row_steps and step < ready.total_steps:
+            if checkpoints.due(None):
+                clock.stop()
+                save(None)
+                clock.start()
             continue
 
         clock.stop()
@@ -233,22 +250,72 @@ def train(
             test_loss=test.loss if test else None,
             test_acc=test.acc if test else None,
             lr=lr,
-            epoch_time_s=train_time_s,
+            epoch_time_s=train_time_s if course.timed else None,
             eval_time_s=eval_clock.lap() if test else None,
-            images_per_s=mean.images / train_time_s,
+            images_per_s=mean.images / train_time_s if course.timed else None,
             peak_memory_mib=(machine.peak_memory(ready.device) - held) / 2**20,
             finished_at=utc_now(),
         )
         rows.append(row)
+        course.timed = True
         for seen_by in (table.append, scalars.write, progress.row):
             seen_by(row)
         if test:
             selection.consider(row, test, ready.model)
         if last:
             break
+        save(None if step % steps_per_epoch else epoch)
         clock.start()
 
     return selection.outcome(rows, steps_per_epoch, time.perf_counter() - began), selection.weights
+
+
+class Course:
+    """How far a session has come, and the checkpoint that says so.
+
+    `timed` is false while the row in progress began in another process.
+    """
+
+    def __init__(self, ready: Prepared) -> None:
+        self.totals, self.selection = Totals(ready.device), Selection(ready.config)
+        self.rows: list[EpochRow] = []
+        self.step, self.elapsed_s, self.timed = 0, 0.0, True
+
+    def body(self, ready: Prepared) -> dict[str, Any]:
+        """Everything that the rest of the session depends on, in plain types and tensors."""
+        return {
+            "epoch": 1 + max(0, self.step - 1) // ready.data.train.steps_per_epoch,
+            "step": self.step,
+            "elapsed_s": self.elapsed_s,
+            "threads": torch.get_num_threads(),
+            "model": {name: tensor.detach() for name, tensor in state_of(ready.model)},
+            "optimizer": ready.optimizer.state_dict()["state"],
+            "scaler": ready.scaler.state_dict(),
+            "totals": self.totals.body(),
+            "rows": [asdict(row) for row in self.rows],
+            "selection": self.selection.body(),
+        }
+
+    @classmethod
+    @torch.no_grad()
+    def resumed(cls, ready: Prepared, body: Mapping[str, Any]) -> "Course":
+        """Go on from a checkpoint: writes its state over a started session's, in place."""
+        course = cls(ready)
+        course.step, course.elapsed_s = body["step"], body["elapsed_s"]
+        course.rows = [EpochRow(**row) for row in body["rows"]]
+        course.totals.restore(body["totals"])
+        course.timed = not course.totals.images
+        course.selection.restore(body["selection"], course.rows)
+        for name, tensor in state_of(ready.model):
+            tensor.copy_(body["model"][name])
+        there = ready.optimizer.state_dict()["state"]
+        for index, state in body["optimizer"].items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    there[index][key].copy_(value)
+        ready.scaler.load_state_dict(body["scaler"])
+        machine.use_threads(body["threads"])  # equal bits are promised for equal threads
+        return course
 
 
 class Selection:
@@ -269,6 +336,17 @@ class Selection:
         if self.config.save_model:
             self.weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
+    def body(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        test = None if self.test is None else asdict(self.test)
+        return {"step": None if self.row is None else self.row.step, "test": test, "weights": self.weights}
+
+    def restore(self, body: Mapping[str, Any], rows: Sequence[EpochRow]) -> None:
+        """From a checkpoint, whose rows hold the reported one."""
+        self.row = next((row for row in rows if row.step == body["step"]), None)
+        self.test = None if body["test"] is None else Evaluation(**body["test"])
+        self.weights = dict(body["weights"])
+
     def outcome(self, rows: list[EpochRow], steps_per_epoch: int, total_time_s: float) -> Outcome:
         """How the session ended."""
         if self.row is None or self.test is None:
@@ -284,11 +362,13 @@ def bytes_of(ready: Prepared) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in own)
 
 
-def endless(data: Data, seeds: Seeds) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Epoch after epoch of training batches; epochs count from 1."""
-    for epoch in itertools.count(1):
-        for x, y in data.train.batches(seeds, epoch):
+def endless(data: Data, seeds: Seeds, done: int = 0) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Epoch after epoch of training batches, after the `done` first steps; epochs count from 1."""
+    whole, start_step = divmod(done, data.train.steps_per_epoch)
+    for epoch in itertools.count(1 + whole):
+        for x, y in data.train.batches(seeds, epoch, start_step):
             yield epoch, x, y
+        start_step = 0
 
 
 def autocast(ready: Prepared) -> torch.autocast:
@@ -340,6 +420,16 @@ class Totals:
         self.loss += loss.double() * len(y)
         self.correct += (logits.argmax(1) == y).sum()
         self.images += len(y)
+
+    def body(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"loss": self.loss, "correct": self.correct, "images": self.images}
+
+    def restore(self, body: Mapping[str, Any]) -> None:
+        """From a checkpoint."""
+        self.loss.copy_(body["loss"])
+        self.correct.copy_(body["correct"])
+        self.images = body["images"]
 
     def lap(self) -> "Mean":
         """The means since the last lap; counts from zero again."""

@@ -62,7 +62,7 @@ def test_quickstart_trains_and_compares(checkout: Path) -> None:
     done = subprocess.run(["scripts/quickstart", "model.width=4", "epochs=1", "threads=1"], cwd=checkout,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "2 arms, 10 sessions, 0 done, 10 to run" in done.stdout
+    assert "2 arms, 10 sessions: 0 of 10 done, 10 to run" in done.stdout
     assert "test_acc against obn" in done.stdout and "epoch_time_s against obn" in done.stdout
     assert "scripts/quickstart" in README and "scripts/test" in README
 

@@ -141,7 +141,7 @@ def test_a_finished_session_is_not_run_again(train: Trainer, capsys: pytest.Capt
     plan = train(*TINY)
     before = (plan.session_folder(plan.sessions[0]) / "session.json").read_bytes()
     train(*TINY, "session=0,1")
-    assert "2 sessions, 1 done, 1 to run" in capsys.readouterr().out
+    assert "2 sessions: 1 of 2 done, 1 to run" in capsys.readouterr().out
     assert (plan.session_folder(plan.sessions[0]) / "session.json").read_bytes() == before
     assert len(pd.read_csv(plan.folder / "results.csv")) == 2
 
@@ -229,7 +229,7 @@ def test_a_failing_session_is_a_row_and_stops_no_other(
     failure = json.loads((plan.session_folder(failed) / "failure.json").read_text())
     assert failure["attempt"] == 1 and "raise MemoryError" in failure["traceback"]
     monkeypatch.setattr(training, "train_step", step)
-    train("norm=obn,bn", "session=0,1", *TINY)
+    train("norm=obn,bn", "session=0,1", *TINY, "retry_failed=true")
     assert set(pd.read_csv(plan.folder / "results.csv")["status"]) == {"ok"}
     assert not (plan.session_folder(failed) / "failure.json").exists()
 
