@@ -1,13 +1,14 @@
 """From a config to a model: built without touching the random state, tried out before data is opened."""
 
+import itertools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from torch import nn
+from torch import Tensor, nn
 
 from normbench.config import Config
 from normbench.data.options import DatasetOptions
@@ -78,6 +79,11 @@ def norm_layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that the model's `norm` callable returned, by name, whatever their class."""
     layers: dict[str, nn.Module] = model.norm_layers  # type: ignore[assignment]
     return layers
+
+
+def state_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer of a model, by name."""
+    yield from itertools.chain(model.named_parameters(), model.named_buffers())
 
 
 def remake_strangers(model: nn.Module, seeds: Seeds) -> None:

@@ -70,9 +70,9 @@ class Checkpoints:
         return None
 
     def remove(self) -> None:
-        """A finished session needs none."""
-        for name in (NEWEST, BEFORE):
-            (self.folder / name).unlink(missing_ok=True)
+        """A finished session needs none, nor what a kill left half written."""
+        for path in [*self.folder.glob(".checkpoint*"), self.folder / NEWEST, self.folder / BEFORE]:
+            path.unlink(missing_ok=True)
 
 
 def write(folder: Path, body: Body) -> None:
@@ -83,7 +83,7 @@ def write(folder: Path, body: Body) -> None:
     torch.save(dict(body), buffer)
     payload = buffer.getvalue()
     newest = folder / NEWEST
-    coming = folder / f".{NEWEST}-coming"
+    coming = folder / ".checkpoint-coming"
     head = {"epoch": body["epoch"], "step": body["step"], "sha256": hashlib.sha256(payload).hexdigest()}
     write_whole(coming, FORMAT + json.dumps(head).encode() + b"\n" + payload)
     if newest.is_file():

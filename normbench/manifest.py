@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.hooks import RemovableHandle
 
 from normbench.building import make
-from normbench.models.placing import takes
+from normbench.models.placing import sign_outputs, takes
 from normbench.models.weights import GAINS
 
 PROBE_SAMPLES = 8
@@ -100,9 +99,6 @@ def observe(
 def _watched(model: nn.Module, seen: Mapping[str, LayerObservation], recorder: _Recorder) -> Iterator[None]:
     """Hooks that mark a norm layer as running in its forward and in the backward nodes it made."""
 
-    def feeds(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        output.normbench_made_by = name  # type: ignore[attr-defined]
-
     def enter(at: LayerObservation, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0]
         if recorder.phase == "forward":
@@ -122,14 +118,12 @@ def _watched(model: nn.Module, seen: Mapping[str, LayerObservation], recorder: _
     def leave_backward(grad_inputs: Any, grad_outputs: Any) -> None:
         recorder.running = None
 
-    handles: list[RemovableHandle] = []
+    handles = sign_outputs(model)
     layers = {id(at.layer): at for at in seen.values()}
-    for name, module in model.named_modules():
+    for module in model.modules():
         if id(module) in layers:
             handles.append(module.register_forward_pre_hook(partial(enter, layers[id(module)])))
             handles.append(module.register_forward_hook(partial(leave, layers[id(module)])))
-        elif isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-            handles.append(module.register_forward_hook(partial(feeds, name)))
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from normbench import device as machine
 from normbench.building import norm_layers_of
 from normbench.checkpoint import Checkpoints
 from normbench.config import Config
+from normbench.course import Course
 from normbench.identity import short_names
 from normbench.manifest import idle_options, never_moved
 from normbench.plan import Plan, Planned, utc_now, write_json, write_whole
@@ -22,7 +23,7 @@ from normbench.progress import SessionProgress
 from normbench.results import COLUMNS, EpochTable, Outcome, Row, finite, git_commit
 from normbench.scalars import Scalars
 from normbench.seeds import Seeds
-from normbench.training import Course, Prepared, prepare, settings_of, start, train, warm_up
+from normbench.training import Prepared, prepare, settings_of, start, train, warm_up
 from normbench.values import Refused
 
 PREPARED_AT_ONCE = 8
@@ -67,13 +68,21 @@ def run_session(ready: Prepared, config: Config, plan: Plan, planned: Planned, s
         start(ready, seeds)
         first = {name: p.detach().cpu().clone() for name, p in ready.model.named_parameters()}
         saved = checkpoints.read()
-        course = Course(ready) if saved is None else Course.resumed(ready, saved)
+        course = Course(ready)
+        if saved is not None:
+            try:
+                course = Course.resumed(ready, saved)
+            except (KeyError, TypeError, RuntimeError) as error:
+                # other code wrote it, of other tensors
+                why = f"its checkpoint does not fit ({last_line(error)}); starts again"
+                print(f"{folder}: {why}", file=sys.stderr)
+                start(ready, seeds)
         with (
             contextlib.closing(EpochTable(folder / "epochs.csv", course.rows)) as table,
             contextlib.closing(Scalars(folder / "tb" if config.tensorboard else None)) as scalars,
             SessionProgress(title, ready.total_steps) as progress,
         ):
-            if saved is not None:
+            if course.step:
                 progress.skip(course.step)
                 for earlier in course.rows:
                     scalars.write(earlier)

@@ -7,19 +7,19 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
 from normbench import device as machine
-from normbench.building import build, norm_layers_of, remake_strangers
+from normbench.building import build, norm_layers_of, remake_strangers, state_of
 from normbench.checkpoint import Checkpoints
 from normbench.config import Config
+from normbench.course import Course, Evaluation
 from normbench.data.loading import Data, EvalPart, load
 from normbench.data.options import DatasetOptions
 from normbench.manifest import Observation, idle_options, kernels_of, observe
@@ -51,16 +51,6 @@ class Prepared:
     first_state: dict[str, Tensor]
     first_scale: dict[str, Any]
     observation: Observation
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Loss (mean, nats) and accuracy over one part; `labels` and `predictions` (n,) on the CPU."""
-
-    loss: float
-    acc: float
-    labels: Tensor
-    predictions: Tensor
 
 
 def prepare(config: Config) -> Prepared:
@@ -164,11 +154,6 @@ def settings_of(config: Config, device: torch.device) -> Iterator[None]:
             torch.backends.cudnn.deterministic = before[1]
 
 
-def state_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer of a model, by name."""
-    yield from itertools.chain(model.named_parameters(), model.named_buffers())
-
-
 @torch.no_grad()
 def start(ready: Prepared, seeds: Seeds) -> None:
     """Write a session's whole start state in place: parameters, buffers, optimizer, scaler."""
@@ -196,7 +181,7 @@ def warm_up(ready: Prepared, seeds: Seeds) -> None:
 def train(
     ready: Prepared,
     seeds: Seeds,
-    course: "Course",
+    course: Course,
     table: EpochTable,
     scalars: Scalars,
     progress: SessionProgress,
@@ -211,10 +196,9 @@ def train(
     held = machine.reset_peak_memory(ready.device) - bytes_of(ready)
     began = time.perf_counter() - course.elapsed_s
 
-    def save(epoch_ended: int | None) -> None:
-        if checkpoints.due(epoch_ended):
-            course.elapsed_s = time.perf_counter() - began
-            checkpoints.write(course.body(ready))
+    def save() -> None:
+        course.elapsed_s = time.perf_counter() - began
+        checkpoints.write(course.body(ready))
 
     clock.start()
     for step, (epoch, x, y) in enumerate(endless(data, seeds, course.step), start=course.step + 1):
@@ -226,7 +210,7 @@ def train(
         if step % row_steps and step < ready.total_steps:
             if checkpoints.due(None):
                 clock.stop()
-                save(None)
+                save()
                 clock.start()
             continue
 
@@ -264,96 +248,11 @@ def train(
             selection.consider(row, test, ready.model)
         if last:
             break
-        save(None if step % steps_per_epoch else epoch)
+        if checkpoints.due(None if step % steps_per_epoch else epoch):
+            save()
         clock.start()
 
     return selection.outcome(rows, steps_per_epoch, time.perf_counter() - began), selection.weights
-
-
-class Course:
-    """How far a session has come, and the checkpoint that says so.
-
-    `timed` is false while the row in progress began in another process.
-    """
-
-    def __init__(self, ready: Prepared) -> None:
-        self.totals, self.selection = Totals(ready.device), Selection(ready.config)
-        self.rows: list[EpochRow] = []
-        self.step, self.elapsed_s, self.timed = 0, 0.0, True
-
-    def body(self, ready: Prepared) -> dict[str, Any]:
-        """Everything that the rest of the session depends on, in plain types and tensors."""
-        return {
-            "epoch": 1 + max(0, self.step - 1) // ready.data.train.steps_per_epoch,
-            "step": self.step,
-            "elapsed_s": self.elapsed_s,
-            "threads": torch.get_num_threads(),
-            "model": {name: tensor.detach() for name, tensor in state_of(ready.model)},
-            "optimizer": ready.optimizer.state_dict()["state"],
-            "scaler": ready.scaler.state_dict(),
-            "totals": self.totals.body(),
-            "rows": [asdict(row) for row in self.rows],
-            "selection": self.selection.body(),
-        }
-
-    @classmethod
-    @torch.no_grad()
-    def resumed(cls, ready: Prepared, body: Mapping[str, Any]) -> "Course":
-        """Go on from a checkpoint: writes its state over a started session's, in place."""
-        course = cls(ready)
-        course.step, course.elapsed_s = body["step"], body["elapsed_s"]
-        course.rows = [EpochRow(**row) for row in body["rows"]]
-        course.totals.restore(body["totals"])
-        course.timed = not course.totals.images
-        course.selection.restore(body["selection"], course.rows)
-        for name, tensor in state_of(ready.model):
-            tensor.copy_(body["model"][name])
-        there = ready.optimizer.state_dict()["state"]
-        for index, state in body["optimizer"].items():
-            for key, value in state.items():
-                if isinstance(value, Tensor):
-                    there[index][key].copy_(value)
-        ready.scaler.load_state_dict(body["scaler"])
-        machine.use_threads(body["threads"])  # equal bits are promised for equal threads
-        return course
-
-
-class Selection:
-    """Which evaluation a session reports: the last, or the best on the validation part."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.row: EpochRow | None = None
-        self.test: Evaluation | None = None
-        self.weights: dict[str, Tensor] = {}
-
-    def consider(self, row: EpochRow, test: Evaluation, model: nn.Module) -> None:
-        """Take this evaluation in place of the reported one if it should be; the test set has no say."""
-        best = self.row.val_acc if self.row is not None and self.config.select == "best_val" else None
-        if best is not None and row.val_acc is not None and row.val_acc <= best:
-            return
-        self.row, self.test = row, test
-        if self.config.save_model:
-            self.weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-    def body(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        test = None if self.test is None else asdict(self.test)
-        return {"step": None if self.row is None else self.row.step, "test": test, "weights": self.weights}
-
-    def restore(self, body: Mapping[str, Any], rows: Sequence[EpochRow]) -> None:
-        """From a checkpoint, whose rows hold the reported one."""
-        self.row = next((row for row in rows if row.step == body["step"]), None)
-        self.test = None if body["test"] is None else Evaluation(**body["test"])
-        self.weights = dict(body["weights"])
-
-    def outcome(self, rows: list[EpochRow], steps_per_epoch: int, total_time_s: float) -> Outcome:
-        """How the session ended."""
-        if self.row is None or self.test is None:
-            raise RuntimeError("a run ended without an evaluation")
-        f1 = f1_score(self.test.labels, self.test.predictions, average="macro", zero_division=0.0)
-        status = "ok" if math.isfinite(rows[-1].train_loss) else "diverged"
-        return Outcome(status, rows, self.row, float(f1), steps_per_epoch, total_time_s)
 
 
 def bytes_of(ready: Prepared) -> int:
@@ -405,45 +304,3 @@ def evaluate(ready: Prepared, part: EvalPart) -> Evaluation:
     truth, guess = torch.cat(labels), torch.cat(predictions)
     acc = (truth == guess).double().mean()
     return Evaluation(loss.item() / len(truth), acc.item(), truth.cpu(), guess.cpu())
-
-
-class Totals:
-    """Loss and correct answers added up on the device; `lap` is the only host synchronization."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)
-        self.correct = torch.zeros((), dtype=torch.long, device=device)
-        self.images = 0
-
-    def add(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
-        """Add one batch: its mean loss (), logits (N, classes) and labels (N,)."""
-        self.loss += loss.double() * len(y)
-        self.correct += (logits.argmax(1) == y).sum()
-        self.images += len(y)
-
-    def body(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {"loss": self.loss, "correct": self.correct, "images": self.images}
-
-    def restore(self, body: Mapping[str, Any]) -> None:
-        """From a checkpoint."""
-        self.loss.copy_(body["loss"])
-        self.correct.copy_(body["correct"])
-        self.images = body["images"]
-
-    def lap(self) -> "Mean":
-        """The means since the last lap; counts from zero again."""
-        n = self.images
-        mean = Mean(n, self.loss.item() / n, self.correct.item() / n)
-        self.images = 0
-        self.loss.zero_()
-        self.correct.zero_()
-        return mean
-
-
-class Mean(NamedTuple):
-    """Loss (nats) and accuracy over so many images."""
-
-    images: int
-    loss: float
-    acc: float

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 def card_of(layer: type | str, **options: object) -> Card:
     target = layer if isinstance(layer, str) else f"planted.{layer.__name__}"
     values = {"_target_": target, "_partial_": True, **options}
-    return audit("custom", values, backend=None, with_cost=False)
+    return audit("custom", subject_of("custom", values), backend=None, with_cost=False)
 
 
 def said(card: Card, check: str) -> str:
@@ -76,14 +76,14 @@ def test_warns_of_what_is_unusual(layer, check, words):
 
 def test_options_handed_on_to_a_base_are_no_sink():
     values = {"_target_": "planted.Forwards", "_partial_": True, "eps": 1e-3}
-    card = audit("custom", values, backend=None, with_cost=False)
+    card = audit("custom", subject_of("custom", values), backend=None, with_cost=False)
     assert not card.failed
     assert said(card, "options") == "pass eps act"
 
 
 def test_warm_up_and_what_comes_after_are_told_apart():
     values = {"_target_": "normbench.norms.mabn.MABN", "_partial_": True}
-    card = audit("mabn", values, backend=None, with_cost=False)
+    card = audit("mabn", subject_of("mabn", values), backend=None, with_cost=False)
     assert said(card, "statistics") == (
         "pass training: all positions of all samples at first, earlier batches later; "
         "evaluation: earlier batches"
@@ -116,7 +116,7 @@ def test_refuses_what_it_cannot_call(layer, reason):
 
 def test_an_option_that_acts_only_with_another_is_not_idle():
     values = {"_target_": "normbench.norms.rms.RMSNorm", "_partial_": True, "affine": False}
-    card = audit("rms", values, backend=None, with_cost=False)
+    card = audit("rms", subject_of("rms", values), backend=None, with_cost=False)
     assert "train_weight with affine=true" in said(card, "options") and not card.failed
 
 

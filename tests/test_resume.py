@@ -100,7 +100,9 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("extra", WAYS, ids=" ".join)
+@pytest.mark.parametrize(
+    "extra", [pytest.param(w, id=" ".join(w), marks=[] if w in WAYS[:2] else pytest.mark.slow) for w in WAYS]
+)
 def test_a_cut_off_session_ends_as_if_it_had_not_been(
     train: Trainer, killed: Any, extra: tuple[str, ...]
 ) -> None:
@@ -120,7 +122,7 @@ def test_every_norm_goes_on_with_the_same_bits(train: Trainer, killed: Any, norm
     assert_same(whole, train(*command, "out=cut"))
 
 
-@pytest.mark.parametrize("at", [2, 4, 7, 11])
+@pytest.mark.parametrize("at", [4, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 11))])
 def test_inside_an_epoch_too(train: Trainer, killed: Any, monkeypatch: pytest.MonkeyPatch, at: int,
                              capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     monkeypatch.setattr(checkpoint.Checkpoints, "due", lambda self, epoch_ended: True)
@@ -199,6 +201,23 @@ def test_without_a_whole_checkpoint_a_session_starts_again(train: Trainer, kille
     for file in Path("cut").rglob("checkpoint*.pt"):
         file.write_bytes(b"")
     assert_same(whole, train(*TINY, "out=cut"))
+
+
+def test_a_checkpoint_of_other_code_is_said_and_the_session_starts_again(
+    train: Trainer, killed: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = train(*TINY, "out=whole")
+    killed(*TINY, "out=cut", at=10)
+    folder = next(Path("cut").rglob(checkpoint.NEWEST)).parent
+    body = dict(checkpoint.read(folder / checkpoint.NEWEST))
+    body["model"] = {name: tensor for name, tensor in body["model"].items() if name != "fc.weight"}
+    checkpoint.write(folder, body)
+    (folder / ".checkpoint-coming").write_bytes(b"half")
+    capsys.readouterr()
+    resumed = train(*TINY, "out=cut")
+    assert "its checkpoint does not fit (KeyError: 'fc.weight'); starts again" in capsys.readouterr().err
+    assert_same(whole, resumed)
+    assert not [path.name for path in folder.iterdir() if "checkpoint" in path.name]
 
 
 def test_truncated_anywhere_it_is_damaged_and_never_read(tmp_path: Path) -> None:

@@ -130,9 +130,8 @@ def run_check(subject: Subject, name: str, check: Check) -> Finding:
         return Finding(name, FAIL, first_line(error))
 
 
-def audit(norm: str, values: Mapping[str, Any], *, backend: str | None, with_cost: bool) -> Card:
+def audit(norm: str, subject: Subject, *, backend: str | None, with_cost: bool) -> Card:
     """Every check on one layer."""
-    subject = subject_of(norm, values)
     checks = dict(CHECKS)
     if backend:
         checks["compile"] = partial(numbers.compiles, backend=backend)

@@ -32,24 +32,19 @@ def run(composer: Composer, master: DictConfig, arguments: Sequence[str]) -> Non
     from normbench.audit.card import Card, audit, subject_of
     from normbench.device import use_threads
 
-    for values, choices in composed:
-        subject_of(choices["norm"], values["norm"])  # all can be built before the first is looked at
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
     cards: list[Card] = []
-    for values, choices in composed:
-        use_threads(values["threads"])
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")  # a layer's own; what matters of them is in the card
-            card = audit(
-                choices["norm"],
-                values["norm"],
-                backend=values["backend"],
-                with_cost=values["cost"],
-            )
-        if cards:
-            console.print()
-        card.print(console)
-        cards.append(card)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # a layer's own; what matters of them is in the card
+        # all can be built before the first is looked at
+        subjects = [subject_of(choices["norm"], values["norm"]) for values, choices in composed]
+        for (values, choices), subject in zip(composed, subjects, strict=True):
+            use_threads(values["threads"])
+            card = audit(choices["norm"], subject, backend=values["backend"], with_cost=values["cost"])
+            if cards:
+                console.print()
+            card.print(console)
+            cards.append(card)
     target = composed[0][0]["json"]
     if target is not None:
         write_json(target, [card.as_dict() for card in cards])

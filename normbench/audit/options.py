@@ -106,8 +106,8 @@ def tells_apart(
             try:
                 if differ(behaviour(layer, probe, batches), behaviour(twin, probe, batches)):
                     return True
-            except Exception:
-                return True  # one of them does not even work there
+            except Exception:  # whatever a stranger's layer raises: one of them does not even work there
+                return True
     return False
 
 

@@ -21,7 +21,7 @@ STEPS, SGD_STEPS = 200, 12
 def building(subject: Subject) -> str:
     """Building draws no random numbers, and a misspelt option is an error."""
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    layer = subject.make(subject.num_features, **sized(subject))
+    layer = subject.make(subject.num_features, **subject.told(subject.maps))
     drew = [
         name
         for name, same in (
@@ -51,14 +51,9 @@ def swallows(subject: Subject) -> bool:
     """Whether the constructor takes an option that nobody has."""
     try:
         subject.build(changes={"no_such_option": 1})
-    except Exception:
+    except Exception:  # TypeError as a rule; any refusal will do
         return False
     return True
-
-
-def sized(subject: Subject) -> dict[str, Any]:
-    """What a layer for certain maps wants to be told."""
-    return {"spatial_shape": subject.maps[2:]} if "spatial_shape" in subject.signature else {}
 
 
 def parameters(subject: Subject) -> str:

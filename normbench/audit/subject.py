@@ -72,14 +72,17 @@ class Subject:
         """
         shape = shape or self.maps
         maker = make({**self.values, **changes}) if changes else self.make
-        sized = {"spatial_shape": shape[2:]} if takes(maker, "spatial_shape") else {}
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            layer: nn.Module = maker(shape[1], **sized)
+            layer: nn.Module = maker(shape[1], **self.told(shape))
         layer = layer.to(dtype)
         if not fresh:
             move_parameters(layer)
         return layer
+
+    def told(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """What a model would tell a layer that asks for the map it will see."""
+        return {"spatial_shape": shape[2:]} if takes(self.make, "spatial_shape") else {}
 
     def shape(self, *shape: int) -> tuple[int, ...]:
         """The shape with this subject's channels."""

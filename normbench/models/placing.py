@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils.hooks import RemovableHandle
 
 from normbench.models.units import MakeNorm, Slot
 from normbench.values import nearest, one_of
@@ -78,16 +79,24 @@ def takes(norm: MakeNorm, parameter: str) -> bool:
         return False
 
 
-def seen_by_slots(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    """Each slot's `spatial_shape` and `fed_by`, found by one forward pass of a copy without numbers."""
+def sign_outputs(model: nn.Module) -> list[RemovableHandle]:
+    """Have every convolution and linear layer write its name on what it hands on: `normbench_made_by`."""
 
     def sign(name: str, layer: nn.Module, args: Any, output: Tensor) -> None:
         output.normbench_made_by = name  # type: ignore[attr-defined]
 
+    return [
+        layer.register_forward_hook(functools.partial(sign, name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, (nn.Linear, _ConvNd))
+    ]
+
+
+def seen_by_slots(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+    """Each slot's `spatial_shape` and `fed_by`, found by one forward pass of a copy without numbers."""
+
     twin = copy.deepcopy(model).to("meta").train()  # in training dropout hands on something else than it got
-    for name, layer in twin.named_modules():
-        if isinstance(layer, (nn.Linear, _ConvNd)):
-            layer.register_forward_hook(functools.partial(sign, name))
+    sign_outputs(twin)
     with torch.no_grad():
         twin(torch.empty((1, *input_shape), device="meta"))
     return {

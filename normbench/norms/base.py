@@ -18,6 +18,13 @@ def widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
+    """`y` in the memory format of `x`, channels-last or contiguous."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    kept = last is not None and x.is_contiguous(memory_format=last)
+    return y.contiguous(memory_format=last if kept and last else torch.contiguous_format)
+
+
 def require_spread(sample: Tensor, x: Tensor) -> int:
     """How many values per channel `sample`, taken from `x`, holds; ValueError below two."""
     count = sample.numel() // sample.shape[1]
@@ -129,14 +136,16 @@ class PlainBatchNorm(Norm):
     @torch.no_grad()
     def track(self, mean: Tensor, var: Tensor, count: int) -> None:
         """Blend one batch's moments into the running ones, in place."""
-        self.blend(mean, var * (count / (count - 1)) if self.stored_var == "unbiased" else var)
+        self.blend(mean=mean, var=var * (count / (count - 1)) if self.stored_var == "unbiased" else var)
 
-    def blend(self, mean: Tensor, var: Tensor) -> None:
+    def blend(self, **measured: Tensor) -> None:
+        """Move every `running_<name>` towards what one batch measured, in place."""
         self.num_batches_tracked.add_(1)
-        share = self.momentum  # None: the average of all batches so far, all weighted alike
-        new = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal() if share is None else share
-        self.running_mean.add_(new * (mean.to(self.running_mean.dtype) - self.running_mean))
-        self.running_var.add_(new * (var.to(self.running_var.dtype) - self.running_var))
+        for name, value in measured.items():
+            running: Tensor = getattr(self, f"running_{name}")
+            share = self.momentum  # None: the average of all batches so far, all weighted alike
+            new = self.num_batches_tracked.to(running.dtype).reciprocal() if share is None else share
+            running.add_(new * (value.to(running.dtype) - running))
 
     def normalize(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         return (x - per_channel(mean, x)) * per_channel((var + self.eps).rsqrt(), x)

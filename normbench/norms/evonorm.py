@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from normbench.norms.base import Norm, PlainBatchNorm, per_channel, widen
-from normbench.norms.group import group_mean
+from normbench.norms.group import group_mean, largest_divisor
 from normbench.values import number_from, positive_int
 
 
@@ -50,8 +50,7 @@ class EvoNormS0(Norm):
     ) -> None:
         super().__init__(num_features, affine=affine, train_weight=train_weight, train_bias=train_bias)
         self.eps = number_from("eps", eps, 0)
-        most = min(positive_int("num_groups", num_groups), num_features)
-        self.num_groups = next(groups for groups in range(most, 0, -1) if num_features % groups == 0)
+        self.num_groups = largest_divisor(num_features, positive_int("num_groups", num_groups))
         self.v1 = nn.Parameter(torch.ones(num_features))
 
     def forward(self, x: Tensor) -> Tensor:

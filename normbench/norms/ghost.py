@@ -60,5 +60,5 @@ class GhostBatchNorm(PlainBatchNorm):
         mean = torch.stack([m for m, _ in moments]).mean(0)
         unbiased = [var * (n / (n - 1)) for (_, var), n in zip(moments, counts, strict=True)]
         with torch.no_grad():
-            self.blend(mean, torch.stack(unbiased).mean(0))
+            self.blend(mean=mean, var=torch.stack(unbiased).mean(0))
         return torch.cat([self.normalize(part, *m) for part, m in zip(parts, moments, strict=True)])

@@ -22,6 +22,20 @@ def group_mean(x: Tensor, num_groups: int) -> Tensor:
     return groups.expand(n, num_groups, c // num_groups).reshape((n, c) + (1,) * (x.ndim - 2))
 
 
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` up to `most`, both ≥ 1."""
+    return next(k for k in range(min(most, number), 0, -1) if number % k == 0)
+
+
+def grouping(num_features: int, num_groups: int | None, channels_per_group: int) -> tuple[int, int]:
+    """How many groups, of how many channels: as many as asked for, else of the largest size that divides."""
+    size = largest_divisor(num_features, positive_int("channels_per_group", channels_per_group))
+    groups = num_features // size if num_groups is None else positive_int("num_groups", num_groups)
+    if num_features % groups:
+        raise ValueError(f"num_groups={groups} does not divide num_features={num_features}")
+    return groups, num_features // groups
+
+
 class GroupNorm(Norm):
     """Normalizes groups of channels of each sample, so that the batch size does not matter.
 
@@ -58,12 +72,7 @@ class GroupNorm(Norm):
     ) -> None:
         super().__init__(num_features, affine=affine, train_weight=train_weight, train_bias=train_bias)
         self.eps = number_from("eps", eps, 0)
-        most = min(positive_int("channels_per_group", channels_per_group), num_features)
-        size = next(k for k in range(most, 0, -1) if num_features % k == 0)
-        groups = num_features // size if num_groups is None else positive_int("num_groups", num_groups)
-        if num_features % groups:
-            raise ValueError(f"num_groups={groups} does not divide num_features={num_features}")
-        self.num_groups, self.channels_per_group = groups, num_features // groups
+        self.num_groups, self.channels_per_group = grouping(num_features, num_groups, channels_per_group)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)

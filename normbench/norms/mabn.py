@@ -123,7 +123,7 @@ class MABN(PlainBatchNorm):
             r = ((a + self.eps) / (self.running_var + self.eps)).sqrt()
             r = r if self.r_max is None else r.clamp(1 / self.r_max, self.r_max)
             r = kept(torch.where(step >= max(warm, self.r_warmup_steps), r, torch.ones_like(r)))
-            self.blend(self.running_mean, a)
+            self.blend(var=a)
             # y moves with a by -mean(g · x/s) · count / (2 s²): by what the gradient of a times this is b
             unit = (a + self.eps) * (-2 / count)
         a = _StandIn.apply(own, a, unit, self.buffer_gz, row, pooled)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normbench.norms.base import PlainBatchNorm
+from normbench.norms.base import PlainBatchNorm, laid_out_as
 from normbench.values import flag, one_of, positive_int
 
 
@@ -110,8 +110,4 @@ class MBN(PlainBatchNorm):
         exact = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
         with exact:
             y = conv(values, kernel, self.bias.to(x.dtype), groups=self.num_features)
-        if x.ndim > 3:  # some kernels answer in the other memory format
-            last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-            kept = last if x.is_contiguous(memory_format=last) else torch.contiguous_format
-            y = y.contiguous(memory_format=kept)
-        return y.view(x.shape) if x.ndim == 2 else y
+        return y.view(x.shape) if x.ndim == 2 else laid_out_as(y, x)  # some kernels answer in another format

@@ -60,7 +60,8 @@ class MemorizedBatchNorm(PlainBatchNorm):
         self.register_buffer("memory_mean", torch.zeros(window, num_features))
         self.register_buffer("memory_var", torch.zeros(window, num_features))
 
-    def blend(self, mean: Tensor, var: Tensor) -> None:
+    def blend(self, **measured: Tensor) -> None:
+        mean, var = measured["mean"], measured["var"]
         row = (self.num_batches_tracked % self.window).view(1)
         self.memory_mean.index_copy_(0, row, mean.to(self.memory_mean.dtype)[None])
         self.memory_var.index_copy_(0, row, var.to(self.memory_var.dtype)[None])

@@ -62,7 +62,7 @@ class FusedBatchNorm(PlainBatchNorm):
             return self.fused(x, self.running_mean, self.running_var, training=True, momentum=self.momentum)
         mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
         y = self.fused(x, mean, var, training=True, momentum=1.0)  # the average's weight stays a tensor
-        self.blend(mean, var)
+        self.blend(mean=mean, var=var)
         return y
 
     def fused(

@@ -89,13 +89,6 @@ class ProbabilityIntegralTransform(PlainBatchNorm):
         lower, upper = ordered[:, below].double(), ordered[:, below + 1].double()
         return torch.lerp(lower, upper, places - below)  # of a tie the tie
 
-    @torch.no_grad()
-    def remember(self, quantiles: Tensor) -> None:
-        self.num_batches_tracked.add_(1)
-        share, running = self.momentum, self.running_quantiles  # None: all batches so far weighted alike
-        new = self.num_batches_tracked.to(running.dtype).reciprocal() if share is None else share
-        running.add_(new * (quantiles.to(running.dtype) - running))
-
     def transform(self, rows: Tensor, quantiles: Tensor, precision: float) -> Tensor:
         rounding = 8 * precision * quantiles.detach().abs().amax(1, keepdim=True)
         h = torch.maximum(self.eps * (quantiles[:, -1:] - quantiles[:, :1]), rounding)
@@ -111,7 +104,8 @@ class ProbabilityIntegralTransform(PlainBatchNorm):
         require_spread(x, x)
         rows = to_rows(x)
         quantiles = self.quantiles(rows)
-        self.remember(quantiles)
+        with torch.no_grad():
+            self.blend(quantiles=quantiles)
         return from_rows(self.transform(rows, quantiles, torch.finfo(x.dtype).eps), x)
 
     def by_running(self, x: Tensor) -> Tensor:

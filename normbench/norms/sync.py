@@ -89,7 +89,7 @@ class SyncBatchNorm(PlainBatchNorm):
         mean, var, count = self.joined_stats(x)
         if self.track_running_stats:
             with torch.no_grad():
-                self.blend(mean, var * (count / (count - 1)))
+                self.blend(mean=mean, var=var * (count / (count - 1)))
         return self.normalize(x, mean, var)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from normbench.norms.base import PlainBatchNorm, require_spread
+from normbench.norms.group import grouping
 from normbench.norms.rows import from_rows, to_rows
 from normbench.values import one_of, positive_int
 
@@ -136,14 +137,9 @@ class DecorrelatedBatchNorm(PlainBatchNorm):
                 f"iterations belongs to method=newton, got iterations={iterations}, method={method}"
             )
         self.iterations = None if iterations is None else positive_int("iterations", iterations)
-        most = min(positive_int("channels_per_group", channels_per_group), num_features)
-        size = next(k for k in range(most, 0, -1) if num_features % k == 0)
-        groups = num_features // size if num_groups is None else positive_int("num_groups", num_groups)
-        if num_features % groups:
-            raise ValueError(f"num_groups={groups} does not divide num_features={num_features}")
-        self.num_groups, self.channels_per_group = groups, num_features // groups
+        self.num_groups, self.channels_per_group = grouping(num_features, num_groups, channels_per_group)
         del self.running_var  # the diagonal of what takes its place
-        size = self.channels_per_group
+        groups, size = self.num_groups, self.channels_per_group
         self.register_buffer("running_cov", torch.eye(size).expand(groups, size, size).clone())
 
     def whiten(self, centred: Tensor, cov: Tensor, precision: float) -> Tensor:
@@ -161,12 +157,7 @@ class DecorrelatedBatchNorm(PlainBatchNorm):
 
     @torch.no_grad()
     def track(self, mean: Tensor, cov: Tensor, count: int) -> None:
-        self.num_batches_tracked.add_(1)
-        share = self.momentum  # None: the average of all batches so far, all weighted alike
-        new = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal() if share is None else share
-        unbiased = cov * (count / (count - 1))
-        self.running_mean.add_(new * (mean.to(self.running_mean.dtype) - self.running_mean))
-        self.running_cov.add_(new * (unbiased.to(self.running_cov.dtype) - self.running_cov))
+        self.blend(mean=mean, cov=cov * (count / (count - 1)))
 
     def by_batch(self, x: Tensor) -> Tensor:
         count = require_spread(x, x)
