@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,12 @@ class Checkpoints:
     Args:
         folder: the session's.
         every: how often, in epochs or minutes; None never.
+        held: raises where this process may no longer write here.
     """
 
     folder: Path
     every: Every | None
+    held: Callable[[], None] = lambda: None
     last: float = field(default_factory=time.monotonic)
 
     def due(self, epoch_ended: int | None) -> bool:
@@ -52,6 +54,7 @@ class Checkpoints:
     def write(self, body: Body) -> None:
         """Write one; a disk that takes no more is said and costs nothing but the checkpoint."""
         self.last = time.monotonic()
+        self.held()
         try:
             write(self.folder, body)
         except OSError as error:

@@ -33,7 +33,7 @@ STALE_S = 90.0
 
 
 class Lost(RuntimeError):
-    """Another process took the claim over, as this one seemed dead; what is half done here must not be written."""
+    """Another process took the claim over, as this one seemed dead; what is half done must not be written."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Claim:
         if self.released:
             return False
         if self.machine == this_machine():
+            if self.pid == os.getpid():
+                return self.path in hearts.paths
             return runs(self.pid, self.born)
         mine = slurm_job()
         if self.job is not None and mine is not None and self.job[0] == mine[0] and self.job[1] < mine[1]:
@@ -165,7 +167,7 @@ def holder(folder: Path) -> Claim | None:
             job = None if body["job"] is None else (str(body["job"][0]), int(body["job"][1]))
             return Claim(folder, number, **{**body, "job": job})
         except FileNotFoundError:
-            continue  # removed just now
+            continue
         except (ValueError, KeyError, TypeError):  # not written to its end; dead when it stays so
             return Claim(folder, number, "?", "?", 0, "", None, "", {})
     return None
@@ -183,7 +185,7 @@ def numbers(folder: Path) -> list[int]:
 
 @cache
 def this_machine() -> str:
-    """The boot of this machine and its process namespace: within them a pid and its birth name one process."""
+    """This boot of the machine and the process namespace: within them a pid and its birth are one process."""
     words = [platform.node()]
     with contextlib.suppress(OSError):
         words.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())

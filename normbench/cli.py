@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from normbench.config import GROUPS, conf_dir, register_resolvers, unknown_key, unknown_option
 from normbench.doors import line_of, refuse
+from normbench.interrupt import Interrupted
 from normbench.values import Refused
 
 GROUP_KEYS = {group.replace("/", "."): group for group in GROUPS if "/" in group}
@@ -39,9 +40,9 @@ def run(door: str) -> None:
     except sweep.SweepFailed as failed:
         print(failed, file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted) as stopped:
         print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + stopped.signum if isinstance(stopped, Interrupted) else 130)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, Refused, OSError) as error:
         if traceback_wanted:
             raise

@@ -14,6 +14,8 @@ from normbench.values import Refused
 # deterministic=true needs it, and cuBLAS reads it when its first handle is made
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+SLOTS = "NORMBENCH_SLOTS"  # in a worker's environment: how many work beside each other
+
 
 def pick(name: str) -> torch.device:
     """`auto` is the first CUDA device where there is one, else the CPU."""
@@ -92,10 +94,21 @@ def name_of(device: torch.device) -> str:
 
 
 def cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores this process may use; where Slurm gave it some, those."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(found, int(os.environ.get("SLURM_CPUS_PER_TASK") or found))
+
+
+def slots() -> int:
+    """How many processes its launcher runs beside each other on this machine."""
+    return int(os.environ.get(SLOTS) or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def share() -> int:
+    """The cores of one slot."""
+    return max(1, cores() // slots())
 
 
 def use_threads(threads: int | None) -> None:
-    """Let torch use so many threads on the CPU; None means all cores."""
-    torch.set_num_threads(threads or cores())
+    """Let torch use so many threads on the CPU; None means this slot's share of the cores."""
+    torch.set_num_threads(threads or share())

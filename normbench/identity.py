@@ -19,7 +19,8 @@ OUTSIDE = {
     *("study", "fidelity", "plan", "session", "seed"),  # what asked for it, and which repetition
     *("config_hash", "choices"),  # config.yaml's own
     "stride",  # folded into norm.stride
-    *("threads", "data_dir", "out", "tensorboard", "save_model", "checkpoint", "retry_failed"),
+    *("threads", "data_dir", "out", "tensorboard", "save_model", "checkpoint"),
+    *("retry_failed", "fail_fast", "stop_when_decided"),
     *("dataset.download", "dataset.workers"),
 }
 # keys added later whose default is a word: left out at it

@@ -33,9 +33,9 @@ def asked() -> int | None:
     return _asked[0] if _asked else None
 
 
-def ask(signum: int) -> None:
-    """As if the signal had come; for a process whose parent has died."""
-    _asked.append(signum)
+def ask_to_stop() -> None:
+    """As if SIGTERM had come; for a process whose parent is gone."""
+    _asked.append(signal.SIGTERM)
 
 
 def obey() -> None:
@@ -64,7 +64,6 @@ def listening() -> Iterator[None]:
             os.write(2, f"{said}{again}\n".encode())
 
     before = {signum: signal.signal(signum, note) for signum in SIGNALS}
-    _asked.clear()
     try:
         yield
     finally:

@@ -85,9 +85,23 @@ class Plan:
         """Whether the session's own file says that it ended."""
         return (self.session_folder(planned) / "session.json").is_file()
 
-    def failed(self, planned: Planned) -> bool:
-        """Whether the session's last attempt ended in an error."""
-        return (self.session_folder(planned) / "failure.json").is_file() and not self.finished(planned)
+    def failure(self, planned: Planned) -> dict[str, Any] | None:
+        """What an attempt left that ended in an error or was killed, unless it is to be run again."""
+        path = self.session_folder(planned) / "failure.json"
+        if not path.is_file():
+            return None
+        body: dict[str, Any] = read_json(path)
+        return None if body.get("again") else body
+
+    def open(self, planned: Planned) -> bool:
+        """Whether the session is neither finished nor failed."""
+        return not self.finished(planned) and self.failure(planned) is None
+
+    def run_again(self, planned: Planned) -> None:
+        """Let the session be open again, although it failed; its row stays until the next attempt ends."""
+        body = self.failure(planned)
+        if body is not None:
+            write_json(self.session_folder(planned) / "failure.json", {**body, "again": True})
 
     def config_text(self, planned: Planned) -> str:
         """A session's config.yaml: every value, the chosen options and the setting's hash."""

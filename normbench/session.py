@@ -4,8 +4,6 @@ import contextlib
 import json
 import platform
 import sys
-import traceback
-from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -14,55 +12,29 @@ from torch import Tensor
 from normbench import device as machine
 from normbench.building import norm_layers_of
 from normbench.checkpoint import Checkpoints
+from normbench.claim import Claim
 from normbench.config import Config
 from normbench.course import Course
+from normbench.failure import last_line
 from normbench.identity import short_names
 from normbench.manifest import idle_options, never_moved
-from normbench.plan import Plan, Planned, utc_now, write_json, write_whole
+from normbench.plan import Plan, Planned, utc_now, write_json
 from normbench.progress import SessionProgress
 from normbench.results import COLUMNS, EpochTable, Outcome, Row, finite, git_commit
 from normbench.scalars import Scalars
 from normbench.seeds import Seeds
-from normbench.training import Prepared, prepare, settings_of, start, train, warm_up
-from normbench.values import Refused
-
-PREPARED_AT_ONCE = 8
+from normbench.training import Prepared, settings_of, start, train, warm_up
 
 
-def run_slice(plan: Plan, first: int, last: int) -> None:
-    """Run the unfinished sessions among `plan.sessions[first:last]`, one after another.
-
-    A session that fails is written down as a failure and does not stop the others.
-    """
-    prepared: OrderedDict[int, Prepared] = OrderedDict()
-    for planned in plan.sessions[first:last]:
-        retried = plan.arms[planned.arm].values["retry_failed"]
-        if plan.finished(planned) or (plan.failed(planned) and not retried):
-            continue
-        started_at = utc_now()
-        try:
-            write_whole(plan.session_folder(planned) / "config.yaml", plan.config_text(planned))
-            config = plan.config(planned)
-            ready = prepared.pop(planned.arm, None)
-            if ready is None or ready.config.seed != config.seed:  # the seed also chooses subsets
-                ready = prepare(config)
-            prepared[planned.arm] = ready
-            if len(prepared) > PREPARED_AT_ONCE:
-                prepared.popitem(last=False)
-            run_session(ready, config, plan, planned, started_at)
-        except Exception as error:
-            prepared.pop(planned.arm, None)
-            write_failure(plan, planned, started_at, error)
-            print(f"failed: {plan.session_folder(planned)}: {last_line(error)}", file=sys.stderr)
-
-
-def run_session(ready: Prepared, config: Config, plan: Plan, planned: Planned, started_at: str) -> None:
-    """Train one session in its folder."""
+def run_session(
+    ready: Prepared, config: Config, plan: Plan, planned: Planned, started_at: str, claim: Claim
+) -> None:
+    """Train one session in its folder, which `claim` holds."""
     folder, arm = plan.session_folder(planned), plan.arms[planned.arm]
     seeds = Seeds(config.seed, config.session)
     name = short_names({a.setting: a.arm for a in plan.arms})[arm.setting]
     title = f"{name} s{planned.session}"
-    checkpoints = Checkpoints(folder, config.checkpoint_every)
+    checkpoints = Checkpoints(folder, config.checkpoint_every, claim.held)
     with settings_of(config, ready.device):
         warm_up(ready, seeds)
         start(ready, seeds)
@@ -96,11 +68,12 @@ def run_session(ready: Prepared, config: Config, plan: Plan, planned: Planned, s
     row = {column: row.get(column) for column in COLUMNS} | {"threads": threads}
     parts = {"train": ready.data.train, "val": ready.data.val, "test": ready.data.test}
     images = {name: part.num_samples for name, part in parts.items() if part}
-    (folder / "failure.json").unlink(missing_ok=True)
+    claim.held()
     write_json(
         folder / "session.json",
         finite({"row": row, "images": images, "manifest": manifest, "config": arm.values}),
     )
+    (folder / "failure.json").unlink(missing_ok=True)
     if not config.checkpoint["keep"]:
         checkpoints.remove()
     paid = "no whole epoch" if row["epoch_time_s"] is None else f"{row['epoch_time_s']:.3f} s an epoch"
@@ -128,8 +101,8 @@ def started(plan: Plan, planned: Planned, started_at: str) -> Row:
         "precision": values["precision"],
         "compile": values["compile"],
         "pack": 1,
-        "threads": values["threads"] or machine.cores(),
-        "slots": 1,
+        "threads": values["threads"] or machine.share(),
+        "slots": machine.slots(),
         "launch_order": planned.launch_order,
         "started_at": started_at,
         "hostname": platform.node(),
@@ -172,23 +145,3 @@ def make_manifest(ready: Prepared, first: dict[str, Tensor]) -> dict[str, Any]:
         "warnings": warnings,
         "notes": [f"{name} never moved: a bias or gain directly before a norm" for name in still.before_norm],
     }
-
-
-def write_failure(plan: Plan, planned: Planned, started_at: str, error: Exception) -> None:
-    """failure.json: the row as far as it is known, the traceback, and which attempt this was."""
-    path = plan.session_folder(planned) / "failure.json"
-    attempt = json.loads(path.read_text())["attempt"] + 1 if path.is_file() else 1
-    known = {**started(plan, planned, started_at), "status": "failed", "error": last_line(error),
-             "finished_at": utc_now()}  # fmt: skip
-    row = {column: known.get(column) for column in COLUMNS}
-    write_json(path, {"row": row, "attempt": attempt, "traceback": traceback.format_exc()})
-
-
-def last_line(error: Exception) -> str:
-    """The error on one line."""
-    text = str(error).strip().splitlines()
-    return (
-        text[-1]
-        if isinstance(error, Refused) and text
-        else f"{type(error).__name__}: {text[-1] if text else ''}"
-    )

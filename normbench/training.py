@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normbench import device as machine
+from normbench import interrupt
 from normbench.building import build, norm_layers_of, remake_strangers, state_of
 from normbench.checkpoint import Checkpoints
 from normbench.config import Config
@@ -202,6 +203,11 @@ def train(
 
     clock.start()
     for step, (epoch, x, y) in enumerate(endless(data, seeds, course.step), start=course.step + 1):
+        if interrupt.asked():
+            clock.stop()
+            if checkpoints.every is not None:
+                save()
+            interrupt.obey()
         torch.manual_seed(seeds.number("forward", epoch, step))  # dropout and sampling norms draw from this
         lr = ready.schedule.apply(ready.optimizer, step - 1)
         totals.add(*train_step(ready, x, y), y)
@@ -240,6 +246,7 @@ def train(
             peak_memory_mib=(machine.peak_memory(ready.device) - held) / 2**20,
             finished_at=utc_now(),
         )
+        checkpoints.held()
         rows.append(row)
         course.timed = True
         for seen_by in (table.append, scalars.write, progress.row):

@@ -1,0 +1,198 @@
+"""One process's walk through a plan: claims the next session that nobody has, trains it, goes on.
+
+    python -m normbench.worker PLAN FIRST LAST      what launchers and printed commands call
+
+Any number of walkers may go through one plan at once, on one machine or many; each session is run by one.
+"""
+
+import argparse
+import gc
+import os
+import sys
+import threading
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from normbench import claim as claims
+from normbench import failure, interrupt
+from normbench.code import check_code
+from normbench.doors import one_line_errors
+from normbench.interrupt import Interrupted
+from normbench.plan import Plan, Planned, utc_now, write_whole
+from normbench.results import Row
+
+if TYPE_CHECKING:
+    from normbench.training import Prepared
+
+PREPARED_AT_ONCE = 8
+MORE, STOPPED = 75, 3  # exit codes: there may be more to do; a session failed and fail_fast was asked
+
+
+class FailedFast(Exception):
+    """A session failed, and the command was to stop at the first that does."""
+
+
+def work(
+    plan: Plan,
+    first: int,
+    last: int,
+    *,
+    skip: Collection[int] = (),
+    code: str | None = None,
+    most: int | None = None,
+    fail_fast: bool = False,
+    told: Callable[[int | None], None] = lambda place: None,
+) -> bool:
+    """Train what nobody has trained, claimed or failed among `plan.sessions[first:last]`.
+
+    Args:
+        skip: arms to pass over.
+        code: the hash of the code at submission; Refused where this process would run other code.
+        most: train so many sessions at most.
+        fail_fast: FailedFast at the first session that fails; else its failure is written down, and on.
+        told: called with the place in the plan of each session that starts, and None when it has ended.
+    Returns: False after a walk to the end, True where `most` ended it before.
+    Raises: Interrupted — a signal came; the session it caught has a checkpoint and may go on anywhere.
+    """
+    check_code(plan, code)
+    prepared: OrderedDict[int, Prepared] = OrderedDict()
+    trained = 0
+    with interrupt.listening():
+        for place, planned in enumerate(plan.sessions[first:last], first):
+            interrupt.obey()
+            if planned.arm in skip or not plan.open(planned):
+                continue
+            if trained == most:
+                return True
+            trained += train_one(plan, planned, place, prepared, fail_fast, told)
+    return False
+
+
+def train_one(
+    plan: Plan,
+    planned: Planned,
+    place: int,
+    prepared: "OrderedDict[int, Prepared]",
+    fail_fast: bool,
+    told: Callable[[int | None], None],
+) -> bool:
+    """Claim and train one session; False where another process has it or just had it."""
+    from normbench import session
+
+    folder, started_at = plan.session_folder(planned), utc_now()
+    try:
+        claim = claims.take(folder, session.started(plan, planned, started_at))
+    except OSError as error:  # a full disk, a folder that is not ours
+        print(f"failed: {folder}: cannot be claimed: {error.strerror}", file=sys.stderr)
+        return False
+    if claim is None:
+        return False
+    try:
+        if not plan.open(planned):  # another process ended it between our look and our claim
+            if plan.finished(planned):
+                claim.remove()
+            return False
+        told(place)
+        try:
+            write_whole(folder / "config.yaml", plan.config_text(planned))
+            ready = ready_for(plan, planned, prepared)
+            session.run_session(ready, plan.config(planned), plan, planned, started_at, claim)
+        except claims.Lost as lost:
+            print(lost, file=sys.stderr)
+        except Exception as error:
+            prepared.pop(planned.arm, None)
+            write_down(folder, session.started(plan, planned, started_at), error)
+            if fail_fast:
+                raise FailedFast from error
+        else:
+            claim.remove()
+        told(None)
+        return True
+    except Interrupted as stopped:
+        print(f"{folder}: {stopped}; the same command goes on from here", file=sys.stderr)
+        raise
+    finally:
+        claim.release()
+        free_memory()
+
+
+def write_down(folder: Path, row: Row, error: Exception) -> None:
+    """Keep a failure in its session's folder, if the disk takes it, and say it."""
+    said = failure.last_line(error)
+    try:
+        failure.write(folder, row, "failed", said, traceback.format_exc())
+    except OSError as full:
+        said += f" (and failure.json cannot be written: {full.strerror})"
+    print(f"failed: {folder}: {said}", file=sys.stderr)
+
+
+def ready_for(plan: Plan, planned: Planned, prepared: "OrderedDict[int, Prepared]") -> "Prepared":
+    """What the session's arm shares, prepared now or by a session before."""
+    from normbench.training import prepare
+
+    config = plan.config(planned)
+    ready = prepared.pop(planned.arm, None)
+    if ready is None or ready.config.seed != config.seed:  # the seed also chooses subsets
+        ready = prepare(config)
+    prepared[planned.arm] = ready
+    if len(prepared) > PREPARED_AT_ONCE:
+        prepared.popitem(last=False)
+    return ready
+
+
+def free_memory() -> None:
+    """Give back what a session held, above all one that ran out of memory."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def watch_parent() -> None:
+    """Stop as by SIGTERM when the launcher is gone: its end of our stdin closes."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        interrupt.ask_to_stop()
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
+
+
+def main() -> None:
+    """The door."""
+    parser = argparse.ArgumentParser(prog="normbench worker", description=__doc__.splitlines()[0])
+    parser.add_argument("plan", type=Path, help="the plan's file, plan-<hash>.json")
+    parser.add_argument("first", type=int, nargs="?", default=0, help="place in the plan to start at (0)")
+    parser.add_argument("last", type=int, nargs="?", help="place to stop before (the end)")
+    parser.add_argument("--skip", type=int, nargs="*", default=[], help="arms to pass over, by number")
+    parser.add_argument("--code", help="hash of the code; other code is refused")
+    parser.add_argument("--most", type=int, help="sessions to train at most")
+    parser.add_argument("--fail-fast", action="store_true", help="stop at the first session that fails")
+    parser.add_argument("--told", type=int, help=argparse.SUPPRESS)  # a launcher's pipe
+    given = parser.parse_args()
+    if given.told is not None:
+        watch_parent()
+
+    def told(place: int | None) -> None:
+        if given.told is not None:
+            os.write(given.told, b"-\n" if place is None else f"{place}\n".encode())
+
+    with one_line_errors("worker"):
+        plan = Plan.read(given.plan)
+        last = len(plan.sessions) if given.last is None else given.last
+        try:
+            more = work(plan, given.first, last, skip=given.skip, code=given.code, most=given.most,
+                        fail_fast=given.fail_fast, told=told)  # fmt: skip
+        except Interrupted as stopped:
+            sys.exit(128 + stopped.signum)
+        except FailedFast:
+            sys.exit(STOPPED)
+    sys.exit(MORE if more else 0)
+
+
+if __name__ == "__main__":
+    main()
