@@ -173,6 +173,12 @@ def holder(folder: Path) -> Claim | None:
     return None
 
 
+def running(folder: Path) -> bool:
+    """Whether a living process has the session."""
+    held = holder(folder)
+    return held is not None and held.alive
+
+
 def numbers(folder: Path) -> list[int]:
     """The numbers of a folder's claims, ascending."""
     try:

@@ -20,7 +20,7 @@ OUTSIDE = {
     *("config_hash", "choices"),  # config.yaml's own
     "stride",  # folded into norm.stride
     *("threads", "data_dir", "out", "tensorboard", "save_model", "checkpoint"),
-    *("retry_failed", "fail_fast", "stop_when_decided"),
+    *("retry_failed", "fail_fast", "stop_when_decided", "margin"),
     *("dataset.download", "dataset.workers"),
 }
 # keys added later whose default is a word: left out at it

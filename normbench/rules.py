@@ -87,6 +87,14 @@ def device_name(key: str, value: Any) -> str:
     return str(value)
 
 
+def margin(key: str, value: Any) -> str:
+    """An amount above 0, or a percentage like 2%."""
+    text = str(value)
+    if not re.fullmatch(r"\d*\.?\d+(e-?\d+)?%?", text) or not float(text.removesuffix("%")) > 0:
+        raise ValueError(f"{key} must be a number above 0 or a percentage, like 0.01 or 2%, got {value!r}")
+    return text
+
+
 def layer_choice(key: str, value: Any) -> Any:
     """all, none, conv, fc, first, last or a list of layer names."""
     named = ("all", "none", "conv", "fc", "first", "last")
@@ -105,6 +113,7 @@ RULES: dict[str, Rule] = {
     "eval_every": interval,
     "threads": optional(positive_int),
     "backend": optional(either("aot_eager", "inductor")),
+    "margin": optional(margin),
     "checkpoint.every": optional(every),
     "batch.size": positive_int,
     "batch.eval_size": positive_int,

@@ -1,15 +1,11 @@
-"""From a command to a plan and through it: expands arms and sessions, checks them, runs what is missing."""
+"""From a command through its plan: checks what it means to run, launches what is missing, gathers rows."""
 
-import itertools
-import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
@@ -17,20 +13,16 @@ from omegaconf import DictConfig
 from normbench import claim as claims
 from normbench.checkpoint import epoch_of
 from normbench.code import code_hash
-from normbench.config import Composer, plain
-from normbench.identity import identify
+from normbench.config import Composer
 from normbench.interrupt import Interrupted
-from normbench.plan import Arm, Plan, Planned
-from normbench.study import Fidelity, Study
-from normbench.values import Refused, nearest, positive_int
+from normbench.plan import Plan, Planned
+from normbench.planning import COMMAND_KEYS, make_plan
+from normbench.values import Refused, positive_int
+from normbench.waves import Wave, looks_of, waves
 from normbench.worker import FailedFast
 
 if TYPE_CHECKING:
     from normbench.stats.sequential import Looks
-
-BESIDE_ARMS = ("session", "seed", "study", "fidelity")
-COMMAND_KEYS = ("retry_failed", "fail_fast", "stop_when_decided")  # of one command, not of its plan
-LOOK_EVERY = 5
 
 
 class SweepFailed(Exception):
@@ -52,7 +44,7 @@ def sweep(composer: Composer, launcher: Launcher, master: DictConfig, arguments:
     for planned in progress.todo:
         plan.run_again(planned)
     try:
-        for wave in [Wave(0, len(plan.sessions))] if looks is None else waves(plan, looks):
+        for wave in [Wave(0, len(plan.sessions))] if looks is None else waves(plan, looks, asked.margin):
             launch(launcher, asked, plan, wave)
     except FailedFast:
         print("stopped at the first failure", file=sys.stderr)
@@ -74,6 +66,7 @@ class Asked:
         stop_when_decided: ask the statistics after every LOOK_EVERY sessions, end arms that are settled.
         sessions_per_job: sessions of one job, rounded up to whole repetitions; None for one repetition; 0
             where the launcher takes the whole plan as one job.
+        margin: with it, the difference in test accuracy that counts as none, like 0.01 or 2%.
         wait: False where the launcher submits and returns.
         stream: where the sweep's own words go.
     """
@@ -81,6 +74,7 @@ class Asked:
     retry_failed: bool
     fail_fast: bool
     stop_when_decided: bool
+    margin: str | None
     sessions_per_job: int | None
     wait: bool
     stream: TextIO
@@ -88,7 +82,8 @@ class Asked:
     @classmethod
     def of(cls, master: DictConfig, plan: Plan) -> "Asked":
         """From the command's config and its launcher's; Refused where they do not go together."""
-        flags = {key: bool(master[key]) for key in COMMAND_KEYS}
+        flags = {key: bool(master[key]) for key in COMMAND_KEYS if key != "margin"}
+        margin = None if master.margin is None else str(master.margin)
         chosen, launcher = master.hydra.runtime.choices.get("hydra/launcher"), master.hydra.launcher
         per_job, wait = launcher.get("sessions_per_job"), bool(launcher.get("wait", True))
         if per_job is not None:
@@ -100,11 +95,15 @@ class Asked:
             raise Refused(
                 f"stop_when_decided=true waits for its sessions, and hydra/launcher={chosen} does not"
             )
+        if margin is not None and not flags["stop_when_decided"]:
+            raise Refused(
+                "margin is for stop_when_decided=true; the statistics take --margin test_acc=" + margin
+            )
         if flags["stop_when_decided"] and len(plan.arms) < 2:
             raise Refused("stop_when_decided=true compares arms, and this command has one; give it two norms")
         per_job = 0 if chosen in ("local", "basic") else per_job
         stream = sys.stderr if chosen == "commands" else sys.stdout
-        return cls(**flags, sessions_per_job=per_job, wait=wait, stream=stream)
+        return cls(**flags, margin=margin, sessions_per_job=per_job, wait=wait, stream=stream)
 
 
 def launch(launcher: Launcher, asked: Asked, plan: Plan, wave: "Wave") -> None:
@@ -127,58 +126,6 @@ def jobs(plan: Plan, wave: "Wave", asked: Asked) -> Iterator[tuple[int, int]]:
         last = min(first + size, wave.last)
         if any(plan.open(s) and s.arm not in wave.skip for s in plan.sessions[first:last]):
             yield first, last
-
-
-def looks_path(plan: Plan) -> Path:
-    """Beside the plan, where `stats` finds them."""
-    return plan.path.with_name(plan.path.name.replace("plan-", "looks-"))
-
-
-def looks_of(plan: Plan) -> "Looks":
-    """The looks at a plan so far, and which arms they settled."""
-    from normbench.stats.sequential import Looks
-
-    path = looks_path(plan)
-    return Looks.read(path) if path.is_file() else Looks(len(plan.sessions) // len(plan.arms), ())
-
-
-def waves(plan: Plan, looks: "Looks") -> Iterator["Wave"]:
-    """LOOK_EVERY sessions of every arm that is still open, then a look at the statistics, and so on.
-
-    The looks are kept beside the plan, so that the same command given again goes on from them.
-    """
-    from normbench.stats.sequential import Looks
-    from normbench.stats.stopping import decided
-
-    block, planned = len(plan.arms), looks.planned
-    for done in Looks.every(LOOK_EVERY, planned, planned).at:
-        if done in looks.at:
-            continue
-        first = block * (looks.at[-1] if looks.at else 0)
-        skip = [place for place, arm in enumerate(plan.arms) if arm.setting in looks.stopped]
-        wave = Wave(first, block * done, skip)
-        yield wave
-        if any(running(plan, s) for s in plan.sessions[wave.first : wave.last]):
-            print("other processes run sessions of this wave; give the command again when they have ended")
-            return
-        gather(plan)
-        decision = decided(plan.folder, Looks(planned, (*looks.at, done), looks.stopped))
-        settled = {setting: done for setting in decision.settled} if done < planned else {}
-        looks = Looks(planned, (*looks.at, done), {**settled, **looks.stopped})
-        looks.write(looks_path(plan))
-        verdicts = ", ".join(f"{setting} {verdict}" for setting, verdict in decision.settled.items())
-        print(f"look after {done} of {planned} sessions: {verdicts or 'nothing is settled'}", flush=True)
-        if all(setting in looks.stopped for setting in decision.open):
-            return
-
-
-@dataclass(frozen=True)
-class Wave:
-    """The sessions `plan.sessions[first:last]` without those of the arms in `skip`."""
-
-    first: int
-    last: int
-    skip: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -206,7 +153,7 @@ class Progress:
                 done += 1
             elif looks is not None and plan.arms[planned.arm].setting in looks.stopped:
                 settled += 1
-            elif running(plan, planned):
+            elif claims.running(folder):
                 elsewhere += 1
             elif (failure := plan.failure(planned)) and failure["row"]["status"] == "failed":
                 failed += not retry_failed
@@ -232,12 +179,6 @@ class Progress:
         said.append(f"{len(self.todo) - len(self.epochs)} to run")
         sizes = f"{count(len(plan.arms), 'arm')}, {count(len(plan.sessions), 'session')}"
         return f"{plan.study}: {sizes}: {', '.join(said)}"
-
-
-def running(plan: Plan, planned: Planned) -> bool:
-    """Whether a living process has the session."""
-    held = claims.holder(plan.session_folder(planned))
-    return held is not None and held.alive
 
 
 def quoted(path: Path) -> str:
@@ -305,117 +246,3 @@ def job(cfg: DictConfig) -> None:
 
     plan, part = Plan.read(Path(cfg.plan.file)), cfg.plan
     work(plan, part.first, part.last, skip=part.skip, code=part.code, fail_fast=cfg.fail_fast)
-
-
-def make_plan(composer: Composer, master: DictConfig, arguments: Sequence[str]) -> Plan:
-    """The plan that these overrides ask for; Refused before anything is written."""
-    parser = OverridesParser.create(config_loader=composer.loader)
-    typed = by_key(parser.parse_overrides(list(arguments)), "the command")
-    for key in typed:
-        if key.startswith("plan."):
-            raise Refused(f"{key} is filled in by normbench; leave it out")
-        if key.startswith("study") and typed[key].is_sweep_override():
-            raise Refused(f"{key} cannot be swept; run one study per command")
-    chosen = master.hydra.runtime.choices.get("study")
-    study = Study.of(plain(master)["study"], None if chosen in (None, "null") else str(chosen))
-    beside = [str(o.input_line) for key, o in typed.items() if key == "study"]
-    shared = [o for key, o in typed.items() if key not in BESIDE_ARMS]
-    versions = fidelities(study, typed.get("fidelity"))
-    arms: dict[str, Arm] = {}
-    for version in versions:
-        for overrides in expand_arms(parser, study, version, shared):
-            values, choices = composer.compose([*beside, *overrides])
-            setting = identify(values, choices, *composer.usual(choices))
-            if setting.hash in arms and len(versions) == 1:
-                raise Refused(f"two arms are one setting ({setting.id}): {' '.join(overrides)}; give it once")
-            kept = {key: value for key, value in values.items() if key not in COMMAND_KEYS}
-            arms.setdefault(setting.hash, Arm.of(setting, kept, choices))
-    default = [master.session] if study.sessions is None else list(range(study.sessions))
-    sessions = numbers(typed.get("session"), "session", default)
-    seeds = numbers(typed.get("seed"), "seed", [master.seed])
-    return Plan.interleaved(study.name, list(arms.values()), sessions, seeds)
-
-
-def by_key(overrides: Iterable[Override], where: str) -> dict[str, Override]:
-    """Overrides by the key they set; Refused where one is given twice."""
-    keys: dict[str, Override] = {}
-    for override in overrides:
-        if keys.setdefault(str(override.key_or_group), override) is not override:
-            key = override.key_or_group
-            raise Refused(f"{key} is given twice in {where}; a sweep is one list, like norm=obn,mbn")
-    return keys
-
-
-def meaning(key: str) -> str:
-    """`norm.stride` and its shorthand are one key."""
-    return "stride" if key == "norm.stride" else key
-
-
-def expand_arms(
-    parser: OverridesParser, study: Study, version: Fidelity, shared: Sequence[Override]
-) -> Iterator[list[str]]:
-    """The overrides of every arm: what the study's arms say, crossed with the swept keys of the command."""
-    extra = by_key(parser.parse_overrides(list(version.overrides)), f"a fidelity of study={study.name}")
-    arms = [parse_arm(parser, arm) for arm in version.arms or study.arms or [""]]
-    common = {meaning(str(o.key_or_group)) for o in shared}
-    clash = {meaning(key) for arm in arms for key in arm} & common
-    if clash:
-        keys = ", ".join(sorted(clash))
-        raise Refused(f"{keys}: set by the arms of study={study.name}; leave it out of the command")
-    for arm in arms:
-        given = common | {meaning(key) for key in arm}
-        everything = [*(o for key, o in extra.items() if meaning(key) not in given), *arm.values(), *shared]
-        yield from (list(combination) for combination in itertools.product(*map(spellings, everything)))
-
-
-def parse_arm(parser: OverridesParser, arm: str) -> dict[str, Override]:
-    """The overrides of one arm; what belongs to the whole study cannot be among them."""
-    try:
-        overrides = by_key(parser.parse_overrides(shlex.split(arm)), f"the arm {arm!r}")
-    except ValueError as error:  # an open quotation mark
-        raise Refused(f"study.arms: {arm!r} cannot be read ({error})") from error
-    for key in overrides:
-        if key in (*BESIDE_ARMS, *COMMAND_KEYS, "out") or key.startswith(("study.", "plan.", "hydra")):
-            raise Refused(f"study.arms: {arm!r} sets {key}, which belongs to the study or the command")
-    return overrides
-
-
-def spellings(override: Override) -> list[str]:
-    """The override once for each of its values."""
-    if not override.is_sweep_override():
-        return [str(override.input_line)]
-    if not override.is_discrete_sweep():
-        raise Refused(f"{override.input_line}: give the values to sweep, like {override.key_or_group}=1,2,4")
-    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-
-
-def fidelities(study: Study, typed: Override | None) -> list[Fidelity]:
-    """Which of the study's versions to run: those asked for, else its first."""
-    offered = study.fidelities
-    if typed is None:
-        return [next(iter(offered.values()), Fidelity())]
-    asked = [str(value) for value in plain_values(typed)]
-    for name in asked:
-        if name not in offered:
-            there = f"there are {', '.join(offered)}" if offered else "it has one version only"
-            hint = nearest(name, offered)
-            raise Refused(f"fidelity={name}: study={study.name} has none of this name{hint}; {there}")
-    return [offered[name] for name in asked]
-
-
-def numbers(typed: Override | None, key: str, default: list[int]) -> list[int]:
-    """The ints that an override of session or seed gives."""
-    values = default if typed is None else plain_values(typed)
-    for value in values:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise Refused(f"{key} must be an int ≥ 0, got {value!r}; range(30) gives 0 to 29")
-    if not values:
-        raise Refused(f"{key} has no value; range(30) gives 0 to 29")
-    if len(set(values)) < len(values):
-        raise Refused(f"{key} has a value twice: {', '.join(map(str, values))}")
-    return values
-
-
-def plain_values(override: Override) -> list[Any]:
-    """The values of one override, swept or not."""
-    return list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]

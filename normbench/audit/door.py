@@ -14,7 +14,7 @@ from rich.console import Console
 
 from normbench.config import Composer, Values
 from normbench.plan import write_whole
-from normbench.sweep import by_key, spellings
+from normbench.planning import by_key, spellings
 from normbench.values import Refused
 
 

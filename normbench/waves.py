@@ -1,0 +1,75 @@
+"""Stopping early: a sweep in waves, each followed by a look at the statistics that spends its part of alpha.
+
+The looks are kept beside the plan (`looks-<hash>.json`), so that `stats` applies the same bounds and the same
+command given again goes on from them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from normbench.claim import running
+from normbench.identity import short_names
+from normbench.plan import Plan
+
+if TYPE_CHECKING:
+    from normbench.stats.sequential import Looks
+
+LOOK_EVERY = 5
+
+
+@dataclass(frozen=True)
+class Wave:
+    """The sessions `plan.sessions[first:last]` without those of the arms in `skip`."""
+
+    first: int
+    last: int
+    skip: Sequence[int] = ()
+
+
+def looks_path(plan: Plan) -> Path:
+    """Beside the plan, where `stats` finds them."""
+    return plan.path.with_name(plan.path.name.replace("plan-", "looks-"))
+
+
+def looks_of(plan: Plan) -> "Looks":
+    """The looks at a plan so far, and which arms they settled."""
+    from normbench.stats.sequential import Looks
+
+    path = looks_path(plan)
+    return Looks.read(path) if path.is_file() else Looks(len(plan.sessions) // len(plan.arms), ())
+
+
+def waves(plan: Plan, looks: "Looks", margin: str | None) -> Iterator["Wave"]:
+    """LOOK_EVERY sessions of every arm that is still open, then a look at the statistics, and so on.
+
+    The looks are kept beside the plan, so that the same command given again goes on from them.
+    """
+    from normbench.results import rebuild
+    from normbench.stats.comparison import Margin
+    from normbench.stats.sequential import Looks
+    from normbench.stats.stopping import decided
+
+    block, planned = len(plan.arms), looks.planned
+    margins = {"test_acc": Margin.of(margin, "margin")} if margin else {}
+    for done in Looks.every(LOOK_EVERY, planned, planned).at:
+        if done in looks.at:
+            continue
+        first = block * (looks.at[-1] if looks.at else 0)
+        skip = [place for place, arm in enumerate(plan.arms) if arm.setting in looks.stopped]
+        wave = Wave(first, block * done, skip)
+        yield wave
+        if any(running(plan.session_folder(s)) for s in plan.sessions[wave.first : wave.last]):
+            print("other processes run sessions of this wave; give the command again when they have ended")
+            return
+        rebuild(plan.folder)
+        decision = decided(plan.folder, Looks(planned, (*looks.at, done), looks.stopped), margins=margins)
+        settled = {setting: done for setting in decision.settled} if done < planned else {}
+        looks = Looks(planned, (*looks.at, done), {**settled, **looks.stopped})
+        looks.write(looks_path(plan))
+        names = short_names({arm.setting: arm.arm for arm in plan.arms})
+        verdicts = ", ".join(f"{names[setting]} {verdict}" for setting, verdict in decision.settled.items())
+        print(f"look after {done} of {planned} sessions: {verdicts or 'nothing is settled'}", flush=True)
+        if all(setting in looks.stopped for setting in decision.open):
+            return
