@@ -115,6 +115,8 @@ class Slot:
                 break
             place, timed_out = self.follow(process, pipe)
             code = process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
             if place is not None and not timed_out:
                 self.write_down(place, process.pid, code)
             in_vain = 0 if place is not None or code == MORE else in_vain + 1

@@ -18,7 +18,7 @@ from normbench.interrupt import Interrupted
 from normbench.plan import Plan, Planned
 from normbench.planning import COMMAND_KEYS, make_plan
 from normbench.values import Refused, positive_int
-from normbench.waves import Wave, looks_of, waves
+from normbench.waves import Wave, looks_of, settled, waves
 from normbench.worker import FailedFast
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Progress:
     done: int
     failed: int
     elsewhere: int
-    settled: int
+    left_out: int
     epochs: list[int | None]  # of the interrupted sessions: where each goes on, None from the start
     todo: list[Planned]
 
@@ -144,15 +144,15 @@ class Progress:
     def of(cls, plan: Plan, retry_failed: bool, looks: "Looks | None" = None) -> "Progress":
         """As the sessions' folders have it; failed sessions are run again only on request, those of arms that
         the looks have settled not at all."""
-        done, failed, elsewhere, settled = 0, 0, 0, 0
+        done, failed, elsewhere, left_out, stopped = 0, 0, 0, 0, settled(plan, looks)
         epochs: list[int | None] = []
         todo: list[Planned] = []
         for planned in plan.sessions:
             folder = plan.session_folder(planned)
             if plan.finished(planned):
                 done += 1
-            elif looks is not None and plan.arms[planned.arm].setting in looks.stopped:
-                settled += 1
+            elif planned.arm in stopped:
+                left_out += 1
             elif claims.running(folder):
                 elsewhere += 1
             elif (failure := plan.failure(planned)) and failure["row"]["status"] == "failed":
@@ -161,7 +161,7 @@ class Progress:
             else:
                 epochs += [epoch_of(folder)] if failure or (folder / "epochs.csv").is_file() else []
                 todo.append(planned)
-        return cls(plan, done, failed, elsewhere, settled, epochs, todo)
+        return cls(plan, done, failed, elsewhere, left_out, epochs, todo)
 
     @property
     def line(self) -> str:
@@ -172,8 +172,8 @@ class Progress:
             said.append(f"{len(self.epochs)} interrupted {where.pop() if len(where) == 1 else 'on the way'}")
         if self.elsewhere:
             said.append(f"{self.elsewhere} running in other processes")
-        if self.settled:
-            said.append(f"{self.settled} of settled arms left out")
+        if self.left_out:
+            said.append(f"{self.left_out} of settled arms left out")
         if self.failed:
             said.append(f"{self.failed} failed before (retry_failed=true runs them again)")
         said.append(f"{len(self.todo) - len(self.epochs)} to run")
@@ -221,11 +221,11 @@ def gather(plan: Plan) -> None:
 
 def report(plan: Plan, meant: Sequence[Planned], looks: "Looks | None") -> None:
     """SweepFailed names the sessions that failed, and counts those that were meant to run and did not end."""
-    stopped = looks.stopped if looks else {}
+    stopped = settled(plan, looks)
     failed = [plan.session_folder(s) for s in plan.sessions if not plan.finished(s) and plan.failure(s)]
     elsewhere, left = [], 0
     for planned in meant:
-        if plan.open(planned) and plan.arms[planned.arm].setting not in stopped:
+        if plan.open(planned) and planned.arm not in stopped:
             held = claims.holder(plan.session_folder(planned))
             elsewhere += [held] if held is not None and held.alive else []
             left += held is None or not held.alive
@@ -237,7 +237,8 @@ def report(plan: Plan, meant: Sequence[Planned], looks: "Looks | None") -> None:
 
         lines = [f"  {failure_line(folder)}" for folder in failed]
         lines += [f"  {count(left, 'session')} not ended; the same command goes on from here"] if left else []
-        raise SweepFailed("\n".join([f"{len(failed)} of {len(plan.sessions)} sessions failed:", *lines]))
+        first = f"{len(failed)} of {count(len(plan.sessions), 'session')} failed"
+        raise SweepFailed("\n".join([first + (":" if lines else ""), *lines]))
 
 
 def job(cfg: DictConfig) -> None:

@@ -41,6 +41,14 @@ def looks_of(plan: Plan) -> "Looks":
     return Looks.read(path) if path.is_file() else Looks(len(plan.sessions) // len(plan.arms), ())
 
 
+def settled(plan: Plan, looks: "Looks | None") -> set[int]:
+    """The arms that need no more sessions; all of them when only the baseline is left."""
+    if looks is None:
+        return set()
+    stopped = {place for place, arm in enumerate(plan.arms) if arm.setting in looks.stopped}
+    return stopped if len(stopped) < len(plan.arms) - 1 else set(range(len(plan.arms)))
+
+
 def waves(plan: Plan, looks: "Looks", margin: str | None) -> Iterator["Wave"]:
     """LOOK_EVERY sessions of every arm that is still open, then a look at the statistics, and so on.
 
@@ -57,19 +65,18 @@ def waves(plan: Plan, looks: "Looks", margin: str | None) -> Iterator["Wave"]:
         if done in looks.at:
             continue
         first = block * (looks.at[-1] if looks.at else 0)
-        skip = [place for place, arm in enumerate(plan.arms) if arm.setting in looks.stopped]
-        wave = Wave(first, block * done, skip)
+        wave = Wave(first, block * done, sorted(settled(plan, looks)))
+        if len(wave.skip) == block:
+            return
         yield wave
         if any(running(plan.session_folder(s)) for s in plan.sessions[wave.first : wave.last]):
             print("other processes run sessions of this wave; give the command again when they have ended")
             return
         rebuild(plan.folder)
         decision = decided(plan.folder, Looks(planned, (*looks.at, done), looks.stopped), margins=margins)
-        settled = {setting: done for setting in decision.settled} if done < planned else {}
-        looks = Looks(planned, (*looks.at, done), {**settled, **looks.stopped})
+        stopped = {setting: done for setting in decision.settled} if done < planned else {}
+        looks = Looks(planned, (*looks.at, done), {**stopped, **looks.stopped})
         looks.write(looks_path(plan))
         names = short_names({arm.setting: arm.arm for arm in plan.arms})
         verdicts = ", ".join(f"{names[setting]} {verdict}" for setting, verdict in decision.settled.items())
         print(f"look after {done} of {planned} sessions: {verdicts or 'nothing is settled'}", flush=True)
-        if all(setting in looks.stopped for setting in decision.open):
-            return
