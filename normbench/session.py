@@ -1,6 +1,7 @@
 """One session's folder: claimed, filled while it trains, closed by session.json, the row and its evidence."""
 
 import contextlib
+import io
 import json
 import platform
 import sys
@@ -18,7 +19,7 @@ from normbench.course import Course
 from normbench.failure import last_line
 from normbench.identity import short_names
 from normbench.manifest import idle_options, never_moved
-from normbench.plan import Plan, Planned, utc_now, write_json
+from normbench.plan import Plan, Planned, utc_now, write_json, write_whole
 from normbench.progress import SessionProgress
 from normbench.results import COLUMNS, EpochTable, Outcome, Row, finite, git_commit
 from normbench.scalars import Scalars
@@ -63,7 +64,9 @@ def run_session(
         ready.optimizer.zero_grad()  # between its sessions a setting holds no gradients
         manifest = make_manifest(ready, first)
     if config.save_model:
-        torch.save(weights, folder / "model.pt")
+        buffer = io.BytesIO()
+        torch.save(weights, buffer)
+        write_whole(folder / "model.pt", buffer.getvalue())
     row = {**started(plan, planned, started_at), **measured(ready, outcome, manifest)}
     row = {column: row.get(column) for column in COLUMNS} | {"threads": threads}
     parts = {"train": ready.data.train, "val": ready.data.val, "test": ready.data.test}

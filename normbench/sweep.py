@@ -213,10 +213,14 @@ def count(number: int, thing: str) -> str:
 
 
 def gather(plan: Plan) -> None:
-    """Rebuild results.csv and say where it is."""
+    """Rebuild results.csv and say where it is, or what kept it from being written."""
     from normbench.results import rebuild
 
-    print(f"results: {rebuild(plan.folder)}", flush=True)
+    try:
+        print(f"results: {rebuild(plan.folder)}", flush=True)
+    except OSError as error:
+        why = f"{error.strerror}; python -m normbench.results {plan.folder} makes it anew"
+        print(f"results.csv is not up to date: {why}", file=sys.stderr)
 
 
 def report(plan: Plan, meant: Sequence[Planned], looks: "Looks | None") -> None:

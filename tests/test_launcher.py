@@ -235,14 +235,17 @@ def test_a_full_disk_keeps_the_checkpoint_before(train: Trainer, capsys: pytest.
     assert_same_sessions(Path("whole"), Path("full"))
 
 
-def test_a_disk_that_takes_nothing_fails_the_sessions_and_says_so(train: Trainer) -> None:
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))  # noqa: E731
-    plan = train("session=0,1", *ONE, "out=full")
-    words = command("session=0,1,2,3", *ONE, "out=full")
-    done = subprocess.run(words, capture_output=True, text=True, preexec_fn=limit)
-    assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
-    assert "File too large" in done.stderr
-    assert len(list(plan.folder.rglob("session.json"))) == 2
+def test_a_disk_that_takes_little_fails_the_sessions_and_says_so(train: Trainer) -> None:
+    """A row and its manifest do not fit, what says so does; with more room the same sessions end."""
+    plan = train("session=0", *ONE, "out=full")
+    limit = (6_000, resource.RLIM_INFINITY)
+    done = subprocess.run(command("session=0,1", *ONE, "out=full"), capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "1 of 2 sessions failed:" in done.stderr and "File too large" in done.stderr
+    assert [line.partition(":")[0] for line in failures(plan.folder).values()] == ["failed"]
+    assert rows_in(train("session=0,1", *ONE, "out=full", "retry_failed=true")) == 2
+    assert not failures(plan.folder)
 
 
 def test_data_that_is_gone_fails_its_session(train: Trainer, tmp_path: Path) -> None:
