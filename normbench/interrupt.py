@@ -11,10 +11,11 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # submitit sends USR2 before a time limit
+# submitit has Slurm send USR2 before a time limit and before a preemption
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
 
 class Interrupted(BaseException):
@@ -63,10 +64,22 @@ def listening() -> Iterator[None]:
             again = "; Ctrl-C once more stops at once" if signum == signal.SIGINT else ""
             os.write(2, f"{said}{again}\n".encode())
 
-    before = {signum: signal.signal(signum, note) for signum in SIGNALS}
+    try:
+        with handled_by(note):
+            yield
+    finally:
+        _asked.clear()
+
+
+@contextlib.contextmanager
+def handled_by(note: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Hand SIGNALS to `note` meanwhile, but for those that were ignored, as nohup has it."""
+    there = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    before = {signum: handler for signum, handler in there.items() if handler not in (signal.SIG_IGN, None)}
+    for signum in before:
+        signal.signal(signum, note)
     try:
         yield
     finally:
-        _asked.clear()
         for signum, handler in before.items():
             signal.signal(signum, handler)

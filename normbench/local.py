@@ -24,7 +24,7 @@ from normbench import claim as claims
 from normbench import failure
 from normbench.checkpoint import epoch_of
 from normbench.device import SLOTS, cores
-from normbench.interrupt import SIGNALS, Interrupted
+from normbench.interrupt import SIGNALS, Interrupted, handled_by
 from normbench.plan import Plan
 from normbench.worker import MORE, STOPPED, FailedFast
 
@@ -225,12 +225,8 @@ def signals() -> Iterator[list[int]]:
         if len(got) == 1:
             os.write(2, f"{signal.Signals(signum).name}: the workers write checkpoints and stop\n".encode())
 
-    before = {signum: signal.signal(signum, note) for signum in SIGNALS}
-    try:
+    with handled_by(note):
         yield got
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def visible_devices() -> list[str]:

@@ -361,3 +361,22 @@ def test_the_walk_itself_says_whether_there_is_more(train: Trainer) -> None:
         path.unlink()
     assert worker.work(plan, 0, 1, most=0) is True
     assert worker.work(plan, 0, 1, skip=(0,)) is False and not plan.finished(plan.sessions[0])
+
+
+def test_every_slot_sees_its_own_device(
+    train: Trainer, stranger: Stranger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("normbench.local.visible_devices", lambda: ["3", "7"])
+    arms = stranger("open('seen-' + os.environ['CUDA_VISIBLE_DEVICES'], 'w').close()", norm="stranger")
+    plan = train(*arms, "session=range(4)", *ONE)
+    assert rows_in(plan) == 4 and set(pd.read_csv(plan.folder / "results.csv")["slots"]) == {2}
+    assert {path.name for path in Path.cwd().glob("seen-*")} == {"seen-3", "seen-7"}
+
+
+def test_one_session_or_a_named_device_takes_no_slots(
+    train: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("normbench.local.visible_devices", lambda: ["3", "7"])
+    for overrides in (["session=0", "out=one"], ["session=0,1", "device=cpu", "out=named"]):
+        plan = train(*overrides, *ONE)
+        assert set(pd.read_csv(plan.folder / "results.csv")["slots"]) == {1}
