@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import random
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import yaml
 from normbench.config import Config, Values
 from normbench.identity import Setting, digest_of, result_changing
 from normbench.values import Refused
+
+REPETITION = re.compile(r"^(?:session|seed): \d+\n", re.MULTILINE)  # in config.yaml; no part of the setting
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,12 @@ class Arm:
     def of(cls, setting: Setting, values: Values, choices: Mapping[str, str]) -> "Arm":
         """An arm of checked values."""
         return cls(setting.name, setting.id, setting.hash, dict(choices), values)
+
+    @cached_property
+    def config_text(self) -> str:
+        """config.yaml of its session 0 of seed 0."""
+        body = {"config_hash": self.config_hash, "choices": dict(self.choices), **self.values}
+        return yaml.safe_dump({**body, "session": 0, "seed": 0}, sort_keys=False, allow_unicode=True)
 
 
 @dataclass(frozen=True)
@@ -105,21 +115,28 @@ class Plan:
 
     def config_text(self, planned: Planned) -> str:
         """A session's config.yaml: every value, the chosen options and the setting's hash."""
-        arm = self.arms[planned.arm]
-        repetition = {"session": planned.session, "seed": planned.seed}
-        body = {"config_hash": arm.config_hash, "choices": dict(arm.choices), **arm.values, **repetition}
-        return yaml.safe_dump(body, sort_keys=False, allow_unicode=True)
+        text = self.arms[planned.arm].config_text
+        # at a line's start stands no other key's value
+        text = text.replace("\nsession: 0\n", f"\nsession: {planned.session}\n")
+        return text.replace("\nseed: 0\n", f"\nseed: {planned.seed}\n")
 
     def check_folders(self) -> None:
         """Refuse a session's folder whose config.yaml is of another setting, finished or not."""
+        hashes: dict[str, str | None] = {}
         for planned in self.sessions:
             path = self.session_folder(planned) / "config.yaml"
-            if not path.is_file() or (text := path.read_text()) == self.config_text(planned):
+            try:
+                text = path.read_text()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 continue
-            there = hash_of_text(text)
-            if there is None and not self.finished(planned):
-                continue  # cut off while it was written; a new start writes it again
-            if there != self.arms[planned.arm].config_hash:
+            setting = REPETITION.sub("", text)
+            if setting not in hashes:
+                hashes[setting] = hash_of_text(setting)
+            there = hashes[setting]
+            if there == self.arms[planned.arm].config_hash or text == self.config_text(planned):
+                continue
+            # without a hash it was cut off while it was written; a new start writes it again
+            if there is not None or self.finished(planned):
                 raise Refused(
                     f"{path} disagrees with its folder's setting; move the folder away to run it again"
                 )
@@ -164,7 +181,7 @@ class Plan:
 def hash_of_text(text: str) -> str | None:
     """The setting's hash by the values in a config.yaml; None where it cannot be read."""
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         return digest_of(result_changing(values, values["choices"]))
     except (yaml.YAMLError, TypeError, KeyError, ValueError):
         return None

@@ -1,23 +1,32 @@
 """Rows and where they land: epochs.csv while a session goes, session.json at its end, results.csv from all.
 
-    python -m normbench.results outputs/mbn_stride      rebuilds results.csv from the sessions' own files
+    python -m normbench.results outputs/mbn_stride      brings results.csv up to date with the sessions' files
 
-`results.csv` is never the only copy: every row in it can be made again from the session folders.
+`results.csv` is never the only copy: every row in it can be made again from the session folders. A session's
+row comes from its session.json, else its failure.json, else the claim of a process that is gone; one that
+runs for the first time has none yet, one that is tried again keeps the row of its last attempt.
 """
 
 import argparse
+import contextlib
 import csv
+import io
+import json
 import math
+import os
+import re
 import statistics
 import subprocess
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from normbench.claim import holder, numbers
 from normbench.doors import one_line_errors
-from normbench.plan import Plan, read_json
+from normbench.plan import Plan, read_json, write_whole
 from normbench.values import Refused
 
 COLUMNS = """
@@ -28,6 +37,9 @@ COLUMNS = """
     started_at finished_at hostname torch_version git_commit config_hash error
 """.split()  # noqa: SIM905
 Row = dict[str, Any]
+FOLDER = re.compile(r"(seed\d+-)?s\d+")
+ROW_FIRST = '{\n "row": '
+CACHE, CACHE_FORMAT = ".results-cache", 1
 
 
 @dataclass(frozen=True)
@@ -140,42 +152,186 @@ def finite(value: Any) -> Any:
     return [finite(item) for item in value] if isinstance(value, list) else value
 
 
-def read_row(folder: Path) -> Row | None:
-    """A session's row: from session.json, else from failure.json, else None where it never started."""
-    for name in ("session.json", "failure.json"):
-        if (folder / name).is_file():
-            try:
-                row = read_json(folder / name)["row"]
-                return {column: row.get(column) for column in COLUMNS}
-            except (KeyError, TypeError, AttributeError) as error:
-                raise Refused(f"{folder / name} has no row; remove it to run the session again") from error
-    return None
+def session_names(study: Path) -> Iterator[str]:
+    """`<setting>/s<session>` of every session folder of a study, whatever plan made it, sorted."""
+    for setting in folders_in(str(study)):
+        for name in folders_in(f"{study}/{setting}"):
+            if FOLDER.fullmatch(name):
+                yield f"{setting}/{name}"
 
 
 def session_folders(study: Path) -> Iterator[Path]:
     """Every session folder of a study, whatever plan made it."""
-    yield from sorted(path.parent for path in study.glob("*/*/config.yaml"))
+    return (study / name for name in session_names(study))
+
+
+def folders_in(folder: str) -> list[str]:
+    """The names of the folders in a folder, sorted; none where it is not there."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def source_of(folder: str) -> tuple[str, os.stat_result] | None:
+    """The file that a session's row comes from, and its state; None where no process ever had the session."""
+    for name in ("session.json", "failure.json"):
+        with contextlib.suppress(FileNotFoundError):
+            return name, os.stat(f"{folder}/{name}")
+    for number in numbers(Path(folder))[-1:]:
+        with contextlib.suppress(FileNotFoundError):
+            name = f"claim-{number}.json"
+            return name, os.stat(f"{folder}/{name}")
+    return None
+
+
+def row_from(folder: str, source: str) -> Row | None:
+    """The row that `source_of` found; None for a claim of a process that is at work, or that says nothing."""
+    path = Path(folder, source)
+    if source.startswith("claim-"):
+        claim = holder(path.parent)
+        if claim is None or claim.alive or not claim.row:
+            return None
+        known = {**claim.row, "status": "interrupted", "error": f"interrupted on {claim.host}"}
+        return {column: known.get(column) for column in COLUMNS}
+    try:
+        row = leading_row(path)
+        if row is None:
+            row = read_json(path)["row"]
+        return {column: row.get(column) for column in COLUMNS}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Refused(f"{path} has no row; remove it to run the session again") from error
+
+
+def leading_row(path: Path) -> Any:
+    """The row at the head of a file that is whole, without its manifest, which is long; None where unsure."""
+    with contextlib.suppress(ValueError):
+        text = path.read_bytes().decode()
+        if text.startswith(ROW_FIRST) and text.endswith("\n}"):
+            return json.JSONDecoder().raw_decode(text, len(ROW_FIRST))[0]
+    return None
+
+
+class Entry(NamedTuple):
+    """A line of results.csv, where it belongs, and the state of the file that it came from."""
+
+    source: str
+    mtime_ns: int
+    size: int
+    inode: int
+    launch_order: int
+    started_at: str
+    line: str
+
+
+def entry_of(folder: str, known: Entry | None) -> Entry | None:
+    """A session's line; `known` where its file is as it was.
+
+    A claim that was dead and has not been touched since still is.
+    """
+    found = source_of(folder)
+    if found is None:
+        return None
+    source, state = found
+    seen = (source, state.st_mtime_ns, state.st_size, state.st_ino)
+    if known is not None and known[:4] == seen:
+        return known
+    try:
+        row = row_from(folder, source)
+    except FileNotFoundError:  # removed just now: a finished session removes its failure
+        return entry_of(folder, known)
+    if row is None:
+        return None
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(row.values())
+    order = row["launch_order"] if isinstance(row["launch_order"], int) else -1
+    return Entry(*seen, order, str(row["started_at"] or ""), line.getvalue())
+
+
+def entries(study: Path, known: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The line of every session that was started, by its folder."""
+    found = ((name, entry_of(f"{study}/{name}", known.get(name))) for name in session_names(study))
+    return {name: entry for name, entry in found if entry is not None}
 
 
 def rebuild(study: Path) -> Path:
-    """Write results.csv from the session folders; returns its path."""
-    rows = [row for folder in session_folders(study) if (row := read_row(folder))]
-    rows.sort(key=lambda row: (row["launch_order"], row["started_at"] or ""))
-    table = study / "results.csv"
-    temporary = study / ".results.csv"
+    """Bring results.csv up to date with the session folders; returns its path."""
+    update(study)
+    return study / "results.csv"
+
+
+def update(study: Path, fresh: bool = False) -> int:
+    """Write results.csv from the session folders; how many rows it has. `fresh` reads every session again.
+
+    Whoever ends a session does this after it. One at a time, the last has seen all that ended before; where
+    the file system has no locks, each looks again after it has written.
+    """
     study.mkdir(parents=True, exist_ok=True)
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(table)
-    return table
+    with turn(study) as alone:
+        known = {} if fresh else read_cache(study)
+        found = entries(study, known)
+        while True:
+            write_table(study / "results.csv", found)
+            again = found if alone else entries(study, found)
+            if again == found:
+                break
+            found = again
+        read = sum(known.get(name) is not entry for name, entry in found.items())
+        if read > len(known) // 100:  # to read so few again costs less than to write the cache
+            write_cache(study, found)
+    return len(found)
+
+
+def write_table(path: Path, found: Mapping[str, Entry]) -> None:
+    """All lines in launch order."""
+    ordered = sorted(found.values(), key=lambda entry: (entry.launch_order, entry.started_at))
+    write_whole(path, "".join([",".join(COLUMNS) + "\n", *(entry.line for entry in ordered)]))
+
+
+@contextlib.contextmanager
+def turn(study: Path) -> Iterator[bool]:
+    """Wait until no other process rebuilds; False where the file system has no locks."""
+    with (study / ".results.lock").open("a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+            alone = True
+        except (ImportError, OSError):
+            alone = False
+        yield alone
+
+
+def cache_head(body: bytes) -> Any:
+    """What the first line of a cache says where its second is whole and of this version."""
+    return {"format": CACHE_FORMAT, "columns": COLUMNS, "crc32": zlib.crc32(body)}
+
+
+def read_cache(study: Path) -> dict[str, Entry]:
+    """The lines as they were last time; none where there is no cache, or a damaged one, or another version's."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        head, _, body = (study / CACHE).read_bytes().partition(b"\n")
+        if json.loads(head) == cache_head(body):
+            return {name: Entry(*values) for name, values in json.loads(body).items()}
+    return {}
+
+
+def write_cache(study: Path, found: Mapping[str, Entry]) -> None:
+    """Keep the lines for the next time; a disk that takes no more costs only the time."""
+    body = json.dumps(found).encode()
+    with contextlib.suppress(OSError):
+        write_whole(study / CACHE, json.dumps(cache_head(body)).encode() + b"\n" + body)
 
 
 def failure_line(folder: Path) -> str:
-    """Where a session failed and its error's last line."""
-    row = read_row(folder)
-    return f"{folder}: {row['error'] if row else 'did not start'}"
+    """Where a session is that has not ended, and why: its error, or who runs it."""
+    found = source_of(str(folder))
+    row = None if found is None else row_from(str(folder), found[0])
+    if row is not None:
+        return f"{folder}: {row['error']}"
+    claim = holder(folder)
+    return f"{folder}: {f'runs on {claim.host}' if claim and claim.alive else 'did not start'}"
 
 
 def main() -> None:
@@ -183,15 +339,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="normbench results", description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path, nargs="?", default=Path("outputs/adhoc"),
                         help="a study's folder (default: outputs/adhoc)")  # fmt: skip
-    study = parser.parse_args().study
+    parser.add_argument("--fresh", action="store_true",
+                        help="read every session again, not only those that changed")  # fmt: skip
+    given = parser.parse_args()
+    study: Path = given.study
     with one_line_errors("results"):
         if not any(session_folders(study)):
             raise Refused(f"no sessions under {study}; give a study's folder like outputs/adhoc")
-        table = rebuild(study)
+        rows = update(study, given.fresh)
         plan = Plan.newest(study)
-    with table.open() as file:
-        found = sum(1 for _ in file) - 1
-    print(f"{table}: {found} rows" + (f", {len(plan.sessions)} sessions in the newest plan" if plan else ""))
+    table = study / "results.csv"
+    print(f"{table}: {rows} rows" + (f", {len(plan.sessions)} sessions in the newest plan" if plan else ""))
 
 
 if __name__ == "__main__":
