@@ -13,6 +13,7 @@ DOORS = {
     "train": "train one session, or a sweep of them",
     "audit": "check one norm layer, yours included, against the contract",
     "stats": "compare the arms of a study",
+    "status": "what a sweep has done, is doing, has failed; time to go",
     "results": "rebuild results.csv from the sessions' own files",
 }
 HYDRA_DOORS = ("train", "audit")

@@ -309,7 +309,7 @@ def cache_head(body: bytes) -> Any:
 
 
 def read_cache(study: Path) -> dict[str, Entry]:
-    """The lines as they were last time; none where there is no cache, or a damaged one, or another version's."""
+    """The lines as they were last time; none where there is no cache, a damaged one or another version's."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         head, _, body = (study / CACHE).read_bytes().partition(b"\n")
         if json.loads(head) == cache_head(body):
