@@ -267,7 +267,7 @@ def session_time(finished: Sequence[str], running: Sequence[Running]) -> float |
 
 
 def since(claim: Claim) -> datetime | None:
-    """When a session was claimed; None where the claim cannot be read."""
+    """When a session was claimed; None where its claim cannot be read."""
     try:
         return datetime.fromisoformat(claim.since)
     except ValueError:

@@ -1,7 +1,9 @@
 """Shared by the tests: run a door in this process, plan without running."""
 
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,19 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Trainer:
         return plans[-1]
 
     return run
+
+
+@pytest.fixture
+def template(train: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """A copy of one real session under `real`, trained once by every process of the tests."""
+    trained = tmp_path_factory.getbasetemp() / "one-real-session"
+    if not trained.exists():
+        train("model.width=4", "dataset.train_subset=96", "dataset.test_subset=64", "batch.size=48",
+              "epochs=2", "threads=1", "tensorboard=false", f"out={trained}")  # fmt: skip
+    shutil.copytree(trained, "real")
+    plan = Plan.newest(Path("real/adhoc"))
+    assert plan is not None
+    return replace(plan, arms=[replace(arm, values={**arm.values, "out": "real"}) for arm in plan.arms])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

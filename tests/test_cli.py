@@ -22,8 +22,8 @@ def test_a_wrong_door_is_one_line() -> None:
     done = normbench("trian")
     assert done.returncode == 2 and done.stdout == ""
     assert (
-        done.stderr
-        == "normbench: no door 'trian'; did you mean 'train'?; there are train, audit, stats, status, results\n"
+        done.stderr == "normbench: no door 'trian'; did you mean 'train'?; "
+        "there are train, audit, stats, status, results\n"
     )
 
 
