@@ -191,7 +191,9 @@ def settled_arms(study: Path, plan: Plan | None) -> Iterable[str]:
     """The settings that the looks at a plan have stopped."""
     if plan is None or not any(study.glob("looks-*.json")):
         return ()
-    looks = study / plan.path.name.replace("plan-", "looks-")
+    from normbench.waves import looks_path
+
+    looks = study / looks_path(plan).name
     stopped: Mapping[str, int] = read_json(looks).get("stopped", {}) if looks.is_file() else {}
     return stopped
 

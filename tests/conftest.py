@@ -37,10 +37,10 @@ def plan_of(monkeypatch: pytest.MonkeyPatch) -> Planner:
         def only_plan(composer: object, launcher: object, master: object, overrides: object) -> None:
             plans.append(sweep.make_plan(composer, master, overrides))  # type: ignore[arg-type]
 
-        monkeypatch.setattr(sweep, "sweep", only_plan)
-        monkeypatch.setattr(sys, "argv", ["train", *arguments])
-        cli.run("train")
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:  # its end leaves the test in its own folder
+            patch.setattr(sweep, "sweep", only_plan)
+            patch.setattr(sys, "argv", ["train", *arguments])
+            cli.run("train")
         return plans[0]
 
     return make

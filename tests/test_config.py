@@ -303,6 +303,39 @@ def test_plans_interleave_arms_and_shuffle_them_within_a_session(plan_of: Planne
     assert plan == plan_of("norm=obn,mbn,bn", "session=range(30)")
 
 
+def test_config_yaml_is_the_dump_of_its_values_in_every_session(plan_of: Planner) -> None:
+    plan = plan_of("norm=mbn", "session=0,3,12", "seed=0,5", "data_dir='a\nsession: 0\nseed: 0\n b'")
+    assert len(plan.sessions) == 6
+    for planned in plan.sessions:
+        arm = plan.arms[planned.arm]
+        assert "session: 0\nseed: 0\n" in arm.values["data_dir"]
+        values = {**arm.values, "session": planned.session, "seed": planned.seed}
+        body = {"config_hash": arm.config_hash, "choices": dict(arm.choices), **values}
+        assert plan.config_text(planned) == yaml.safe_dump(body, sort_keys=False, allow_unicode=True)
+
+
+def test_folders_written_by_another_command_are_ours_by_their_values(plan_of: Planner) -> None:
+    plan, other = plan_of("norm=mbn", "session=0,1"), plan_of("norm=mbn", "session=0,1", "threads=3")
+    for planned in other.sessions:
+        folder = other.session_folder(planned)
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(other.config_text(planned))
+    plan.check_folders()
+    path = folder / "config.yaml"
+    for text in ("", "session: [\n", "lr: 0.1\nsession: 3\n"):  # cut off while it was written
+        path.write_text(text)
+        plan.check_folders()
+        (folder / "session.json").write_text("{}")
+        with pytest.raises(
+            Refused, match=r"config.yaml disagrees with its folder's setting; move the folder"
+        ):
+            plan.check_folders()
+        (folder / "session.json").unlink()
+    path.write_text(other.config_text(other.sessions[1]).replace("momentum: 0.1", "momentum: 0.2"))
+    with pytest.raises(Refused, match=r"s1/config.yaml disagrees"):
+        plan.check_folders()
+
+
 def test_defaults_are_complete_and_offline(plan_of: Planner) -> None:
     arm = plan_of().arms[0]
     assert arm.choices == {"model": "resnet9", "dataset": "digits", "norm": "obn", "batch": "bs128",
