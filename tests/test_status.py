@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -215,6 +216,17 @@ def test_watching_a_log_ends_with_the_sweep(template: Plan) -> None:
     assert watching.returncode == 0
     assert "Z  1 of 2 done, 1 running; " in first
     assert "Z  2 of 2 done\n2 of 2 done\n\narm" in rest
+
+
+def test_ctrl_c_ends_watching(template: Plan) -> None:
+    plan = many(template, Path("out"), 2, kinds=["ok", "waiting"])
+    command = [sys.executable, "-m", "normbench.status", str(plan.folder), "--watch", "60"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None and watching.stderr is not None
+        assert watching.stdout.readline().endswith("Z  1 of 2 done, 1 to run; nothing runs\n")
+        watching.send_signal(signal.SIGINT)
+        assert (watching.stdout.read(), watching.stderr.read()) == ("", "")
+    assert watching.returncode == 0
 
 
 def test_watching_a_terminal_refreshes_in_place(template: Plan) -> None:
