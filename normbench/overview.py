@@ -8,7 +8,7 @@ import contextlib
 import csv
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -187,15 +187,15 @@ def is_study(folder: Path) -> bool:
     return any(folder.glob("plan-*.json")) or any(session_names(folder))
 
 
-def settled_arms(study: Path, plan: Plan | None) -> Iterable[str]:
+def settled_arms(study: Path, plan: Plan | None) -> set[str]:
     """The settings that the looks at a plan have stopped."""
     if plan is None or not any(study.glob("looks-*.json")):
-        return ()
-    from normbench.waves import looks_path
+        return set()
+    from normbench.stats.sequential import Looks
+    from normbench.waves import looks_path, settled
 
-    looks = study / looks_path(plan).name
-    stopped: Mapping[str, int] = read_json(looks).get("stopped", {}) if looks.is_file() else {}
-    return stopped
+    path = study / looks_path(plan).name
+    return {plan.arms[arm].setting for arm in settled(plan, Looks.read(path))} if path.is_file() else set()
 
 
 def arm_of(setting: Path, name: str, sessions: Sequence[str], settled: bool) -> Arm:

@@ -166,12 +166,14 @@ def test_time_to_go_from_what_sessions_took_and_how_many_run(template: Plan) -> 
 
 
 def test_arms_that_the_statistics_settled_have_nothing_to_run(template: Plan) -> None:
-    plan = many(template, Path("out"), 12, arms=2, kinds=["ok", "ok", "waiting"])
+    plan = many(template, Path("out"), 12, arms=3, kinds=["ok", "ok", "ok", "waiting"])
     looks = plan.path.with_name(plan.path.name.replace("plan-", "looks-"))
     write_json(looks, {"planned": 6, "at": [5], "stopped": {plan.arms[1].setting: 5}})
     sweep = look(plan.folder)
-    assert [(arm.settled, arm.waiting) for arm in sweep.arms] == [(0, 2), (2, 0)]
-    assert "8 of 12 done, 2 of settled arms left out, 2 to run" in text(sweep)
+    assert [(arm.settled, arm.waiting) for arm in sweep.arms] == [(0, 1), (1, 0), (0, 1)]
+    assert "9 of 12 done, 1 of settled arms left out, 2 to run" in text(sweep)
+    write_json(looks, {"planned": 6, "at": [5], "stopped": {arm.setting: 5 for arm in plan.arms[1:]}})
+    assert text(look(plan.folder)).startswith("9 of 12 done, 3 of settled arms left out\n")
 
 
 def test_the_newest_plan_or_every_folder(
