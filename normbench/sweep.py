@@ -109,7 +109,7 @@ class Asked:
 def launch(launcher: Launcher, asked: Asked, plan: Plan, wave: "Wave") -> None:
     """Hand a wave to the launcher, in jobs of its size; returns when they have ended, or are submitted."""
     where = [f"plan.file={quoted(plan.path.resolve())}", f"out={quoted(plan.folder.parent)}"]
-    where += [f"plan.code={code_hash(plan)}", f"fail_fast={str(asked.fail_fast).lower()}"]
+    where += [f"plan.code='{code_hash(plan)}'", f"fail_fast={str(asked.fail_fast).lower()}"]
     where += [f"plan.skip=[{','.join(map(str, wave.skip))}]"] if wave.skip else []
     slices = [[*where, f"plan.first={first}", f"plan.last={last}"] for first, last in jobs(plan, wave, asked)]
     for returned in launcher.launch(slices, initial_job_idx=0) if slices else ():
