@@ -25,7 +25,7 @@ TIMED = 5  # finished sessions of an arm whose times are read: the newest
 
 
 @dataclass(frozen=True)
-class Course:
+class Reached:
     """How far a session that runs has come, by its epochs.csv; zeros and None before the first row.
 
     Args:
@@ -42,7 +42,7 @@ class Course:
     at: datetime | None = None
 
     @classmethod
-    def of(cls, folder: str) -> "Course":
+    def of(cls, folder: str) -> "Reached":
         """From the rows there are; a row that is being written is left for the next look."""
         try:
             text = Path(folder, "epochs.csv").read_text()
@@ -64,19 +64,19 @@ class Running:
         name: of its folder.
         claim: the process's.
         silent_s: seconds since its last sign of life.
-        course: how far it has come.
+        reached: how far it has come.
         part: of its training that is done, 0 to 1; None where nothing says it.
     """
 
     name: str
     claim: Claim
     silent_s: float
-    course: Course
+    reached: Reached
     part: float | None
 
     def left_s(self, session_s: float, now: datetime) -> float:
         """Seconds until it ends where a whole session takes so many."""
-        last = max(filter(None, (self.course.at, since(self.claim))), default=now)
+        last = max(filter(None, (self.reached.at, since(self.claim))), default=now)
         return max(0.0, session_s * (1 - (self.part or 0)) - (now - last).total_seconds())
 
 
@@ -210,7 +210,7 @@ def arm_of(setting: Path, name: str, sessions: Sequence[str], settled: bool) -> 
             ended.append((finished, folder))
     arm.done = len(ended)
     newest = [folder for _, folder in sorted(ended)[-TIMED:]]
-    steps = Course.of(newest[-1]).step if newest and arm.running else None
+    steps = Reached.of(newest[-1]).step if newest and arm.running else None
     arm.running = [with_part(running, steps) for running in arm.running]
     arm.session_s = session_time(newest, arm.running)
     return arm
@@ -224,7 +224,7 @@ def place(arm: Arm, session: str, folder: str, settled: bool) -> int | None:
         names = os.listdir(folder)
         claim = holder(Path(folder)) if any(name.startswith("claim-") for name in names) else None
         if claim is not None and claim.alive:
-            arm.running.append(Running(session, claim, claim.silent_s(), Course.of(folder), None))
+            arm.running.append(Running(session, claim, claim.silent_s(), Reached.of(folder), None))
             return None
         failure = read_json(Path(folder, "failure.json")) if "failure.json" in names else {}
         row = row_from(folder, "failure.json") if failure else None
@@ -250,21 +250,21 @@ def wait(arm: Arm, settled: bool) -> None:
 
 def with_part(running: Running, steps: int | None) -> Running:
     """With the part that is done: by the steps that a finished session of the arm took, else by its plan."""
-    row, course = running.claim.row, running.course
+    row, reached = running.claim.row, running.reached
     total, done = (
-        (row.get("epochs"), course.epoch) if row.get("steps") is None else (row["steps"], course.step)
+        (row.get("epochs"), reached.epoch) if row.get("steps") is None else (row["steps"], reached.step)
     )
     if steps is not None:
-        total, done = steps, course.step
+        total, done = steps, reached.step
     part = min(1.0, (done or 0) / total) if total else None
-    return Running(running.name, running.claim, running.silent_s, course, part)
+    return Running(running.name, running.claim, running.silent_s, reached, part)
 
 
 def session_time(finished: Sequence[str], running: Sequence[Running]) -> float | None:
     """Seconds that a session takes; those that diverged ended early and say nothing."""
     rows: list[Mapping[str, Any]] = [row for f in finished if (row := row_from(f, "session.json"))]
     took = [float(row["total_time_s"]) for row in rows if row["status"] == "ok" and row["total_time_s"]]
-    took = took or [r.course.trained_s / r.part for r in running if r.part]
+    took = took or [r.reached.trained_s / r.part for r in running if r.part]
     return statistics.fmean(took) if took else None
 
 

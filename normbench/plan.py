@@ -97,10 +97,10 @@ class Plan:
 
     def failure(self, planned: Planned) -> dict[str, Any] | None:
         """What an attempt left that ended in an error or was killed, unless it is to be run again."""
-        path = self.session_folder(planned) / "failure.json"
-        if not path.is_file():
+        try:
+            body: dict[str, Any] = read_json(self.session_folder(planned) / "failure.json")
+        except FileNotFoundError:
             return None
-        body: dict[str, Any] = read_json(path)
         return None if body.get("again") else body
 
     def open(self, planned: Planned) -> bool:

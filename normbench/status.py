@@ -104,14 +104,14 @@ def running_lines(sweep: Overview) -> Iterable[tuple[str, str]]:
 
 def progress(running: Running, sweep: Overview) -> str:
     """`epoch 7 of 10, step 84, 1,386 images/s on node3 for 12 min; no sign for 45 s`."""
-    course, row = running.course, running.claim.row
+    reached, row = running.reached, running.claim.row
     said = ["no epoch yet"]
-    if course.epoch is not None:
+    if reached.epoch is not None:
         of = f" of {row['epochs']}" if row.get("epochs") and row.get("steps") is None else ""
         steps = f" of {row['steps']}" if row.get("steps") is not None else ""
-        said = [f"epoch {course.epoch}{of}, step {course.step}{steps}"]
-    if course.images_per_s is not None:
-        said.append(f"{course.images_per_s:,.0f} images/s")
+        said = [f"epoch {reached.epoch}{of}, step {reached.step}{steps}"]
+    if reached.images_per_s is not None:
+        said.append(f"{reached.images_per_s:,.0f} images/s")
     began = since(running.claim)
     held = "" if began is None else f" for {duration(max(0.0, (sweep.now - began).total_seconds()))}"
     silent = f"; no sign for {duration(running.silent_s)}" if running.silent_s > SILENT_S else ""

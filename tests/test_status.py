@@ -154,7 +154,7 @@ def test_time_to_go_from_what_sessions_took_and_how_many_run(template: Plan) -> 
     sweep = look(plan.folder)
     (arm,) = sweep.arms
     assert arm.session_s == 1000
-    course = arm.running[0].course
+    course = arm.running[0].reached
     assert course.epoch == 1 and arm.running[0].part == 0.5 and course.at is not None
     begun = max(course.at, status.since(arm.running[0].claim) or course.at)
     just_then = Overview(sweep.arms, begun + timedelta(seconds=100))
