@@ -10,7 +10,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from normbench.config import Config
+from normbench import ranks
+from normbench.config import SYNC_BN, Config
 from normbench.data.options import DatasetOptions
 from normbench.seeds import Seeds
 from normbench.values import Refused
@@ -67,12 +68,16 @@ def check_builds(config: Config) -> None:
             raise
         raise Refused(f"{chosen}: {type(error).__name__}: {error}") from error
     model.to("meta").train()
+    cut = ranks.Cut.here(config.batch["size"], config.batch["micro"])
+    together = cut.ranks if config.norm["_target_"] == SYNC_BN else 1  # shares that are measured as one
     size, samples = min(config.batch["size"], options.train_samples), options.train_samples
     last = 0 if options.drop_last else samples % size
-    try_out(model, (size, *options.shape), f"batch.size={size}")
+    parts = "" if cut.parts == 1 else f" in {cut.parts} parts"
+    blame = f"batch.size={size}{parts}"
+    try_out(model, (size // cut.parts * together, *options.shape), blame)
     if last:
-        blame = f"an epoch's last batch has {last} of batch.size={size} samples; use dataset.drop_last=true"
-        try_out(model, (last, *options.shape), blame)
+        blame = f"an epoch's last batch has {last} of {blame} samples; use dataset.drop_last=true"
+        try_out(model, (last // cut.parts * together, *options.shape), blame)
 
 
 def norm_layers_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -15,6 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from normbench import ranks
 from normbench.data.options import DatasetOptions
 from normbench.rules import RULES, Every, Interval, every, interval
 from normbench.values import Refused, closest, nearest, one_of
@@ -55,6 +56,8 @@ class Config:
     device: str
     channels_last: bool
     select: str
+    sync_bn: bool
+    world: int | None
     deterministic: bool
     eval_every: Interval
     threads: int | None
@@ -75,6 +78,7 @@ class Config:
         known = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
         unit = "steps" if values["steps"] is not None else "epochs"
         known["eval_every"] = interval("eval_every", values["eval_every"], unit)
+        known["norm"] = norm_that_runs(values)
         return cls(choices=choices, **known)
 
 
@@ -170,6 +174,7 @@ class Composer:
         self.check(values, schema, skip="norm." if judged_elsewhere else None)
         check_norm(values, choices)
         if self.door == "train":
+            check_world(values)
             check_together(values)
         return values, choices
 
@@ -277,8 +282,42 @@ def check_norm(values: Values, choices: Mapping[str, str]) -> None:
                       "or leave stride out (a study's arms let both share a sweep)")  # fmt: skip
     if stride is not None and stride != values["norm"]["stride"]:
         raise Refused(f"stride={stride} contradicts norm.stride={values['norm']['stride']}; set one of them")
+    if values.get("sync_bn"):
+        check_sync_bn(values, norm)
     if norm == "custom" and values["norm"].get("_target_") in (None, "???"):
         raise Refused("norm=custom needs the layer's class: norm._target_=my_package.MyNorm")
+
+
+SYNC_BN = "normbench.norms.sync.SyncBatchNorm"
+SYNCHRONIZED = {"eps", "momentum", "affine", "track_running_stats", "train_weight", "train_bias"}
+
+
+def check_sync_bn(values: Values, norm: str) -> None:
+    """`sync_bn` with a norm that has a synchronized form, and with the options that the form has."""
+    if norm not in ("bn", "obn", "torch_bn"):
+        cure = "leave sync_bn out" if norm == "sync_bn" else "use bn, obn or torch_bn, or leave sync_bn out"
+        raise Refused(f"sync_bn=true: norm={norm} has no other form that is synchronized; {cure}")
+    for key, usual in (("stored_var", "unbiased"), ("eval_bessel", False)):
+        if (got := values["norm"].get(key, usual)) != usual:
+            raise Refused(f"sync_bn=true needs norm.{key}={show(usual)}, got {show(got)}")
+
+
+def norm_that_runs(values: Values) -> Values:
+    """The norm's class and options, synchronized where `sync_bn` asks for it."""
+    norm: Values = values["norm"]
+    if not values["sync_bn"]:
+        return norm
+    return {"_target_": SYNC_BN, "_partial_": True} | {k: v for k, v in norm.items() if k in SYNCHRONIZED}
+
+
+def check_world(values: Values) -> None:
+    """Write down how many processes train together, and refuse batches that some would get nothing of."""
+    if values["world"] is not None:
+        raise Refused(f"world={values['world']}: torchrun --nproc-per-node fills it in; leave it out")
+    values["world"] = ranks.size() if ranks.size() > 1 else None
+    size, micro = values["batch"]["size"], values["batch"]["micro"]
+    if micro is not None and micro > size:
+        raise Refused(f"batch.micro={micro} is larger than batch.size={size}; use {size} or less, or null")
 
 
 def check_together(values: Values) -> None:
@@ -310,3 +349,10 @@ def check_dataset(values: Values) -> None:
     if options.drop_last and size > samples:
         raise Refused(f"batch.size={size} is larger than the {samples} training samples, and "
                       f"dataset.drop_last=true would leave no batch; use a smaller batch")  # fmt: skip
+    cut = ranks.Cut.here(size, values["batch"]["micro"])
+    last = 0 if options.drop_last else samples % size
+    for images, cure in ((min(size, samples), "a larger batch.size"), (last, "dataset.drop_last=true")):
+        if 0 < images < cut.parts:
+            micros = f" × {cut.micros} micro batches" if cut.micros > 1 else ""
+            raise Refused(f"a batch of {images} samples (batch.size={size}, {samples} an epoch) cannot be "
+                          f"shared by {cut.ranks} processes{micros}; use {cure}")  # fmt: skip

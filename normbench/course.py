@@ -10,6 +10,7 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
 from normbench import device as machine
+from normbench import ranks
 from normbench.building import state_of
 from normbench.config import Config
 from normbench.results import EpochRow, Outcome
@@ -49,7 +50,7 @@ class Course:
             "model": {name: tensor.detach() for name, tensor in state_of(ready.model)},
             "optimizer": ready.optimizer.state_dict()["state"],
             "scaler": ready.scaler.state_dict(),
-            "totals": self.totals.body(),
+            "totals": ranks.gathered(self.totals.body()),
             "rows": [asdict(row) for row in self.rows],
             "selection": self.selection.body(),
         }
@@ -61,7 +62,7 @@ class Course:
         course = cls(ready)
         course.step, course.elapsed_s = body["step"], body["elapsed_s"]
         course.rows = [EpochRow(**row) for row in body["rows"]]
-        course.totals.restore(body["totals"])
+        course.totals.restore(body["totals"][ranks.rank()])
         course.timed = not course.totals.images
         course.selection.restore(body["selection"], course.rows)
         for name, tensor in state_of(ready.model):
@@ -115,7 +116,7 @@ class Selection:
 
 
 class Totals:
-    """Loss and correct answers added up on the device; `lap` is the only host synchronization."""
+    """This rank's loss and correct answers added up on the device; `lap` alone synchronizes the host."""
 
     def __init__(self, device: torch.device) -> None:
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -130,7 +131,7 @@ class Totals:
 
     def body(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"loss": self.loss, "correct": self.correct, "images": self.images}
+        return {"loss": self.loss.cpu(), "correct": self.correct.cpu(), "images": self.images}
 
     def restore(self, body: Mapping[str, Any]) -> None:
         """From a checkpoint."""
@@ -139,9 +140,9 @@ class Totals:
         self.images = body["images"]
 
     def lap(self) -> "Mean":
-        """The means since the last lap; counts from zero again."""
-        n = self.images
-        mean = Mean(n, self.loss.item() / n, self.correct.item() / n)
+        """The means of all ranks since the last lap; counts from zero again."""
+        loss, correct, images = ranks.summed(self.loss.item(), self.correct.item(), self.images)
+        mean = Mean(int(images), loss / images, correct / images)
         self.images = 0
         self.loss.zero_()
         self.correct.zero_()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from normbench import ranks
 from normbench.values import Refused
 
 # deterministic=true needs it, and cuBLAS reads it when its first handle is made
@@ -18,13 +19,19 @@ SLOTS = "NORMBENCH_SLOTS"  # in a worker's environment: how many work beside eac
 
 
 def pick(name: str) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU."""
+    """`auto` is the first CUDA device where there is one, else the CPU; of several ranks each has its own."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if ranks.size() > 1 and device.type == "cuda":
+        if device.index is not None:
+            raise Refused(
+                f"device={name}: under torchrun every process takes a GPU of its own; use device=cuda"
+            )
+        device = torch.device("cuda", ranks.local_rank())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise Refused(
-            f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices; use device=auto"
+            f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices; use device=auto"
         )
     return device
 

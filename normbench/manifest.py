@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from normbench.building import make
 from normbench.models.placing import sign_outputs, takes
 from normbench.models.weights import GAINS
+from normbench.norms.sync import alone
 
 PROBE_SAMPLES = 8
 
@@ -170,7 +171,7 @@ def _acts(norm: Mapping[str, Any], option: str, default: Any, at: LayerObservati
     if at.probe is None:
         return True
     probe = at.probe.float()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), alone():
         try:
             maker = make({**norm, option: default})
             sized = {"spatial_shape": at.shape[2:]} if takes(maker, "spatial_shape") else {}

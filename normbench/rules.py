@@ -116,6 +116,7 @@ RULES: dict[str, Rule] = {
     "margin": optional(margin),
     "checkpoint.every": optional(every),
     "batch.size": positive_int,
+    "batch.micro": optional(positive_int),
     "batch.eval_size": positive_int,
     "optim.lr": above_zero,
     "optim.momentum": below_one,

@@ -14,9 +14,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from normbench import device as machine
-from normbench import interrupt
+from normbench import interrupt, ranks
 from normbench.building import build, norm_layers_of, remake_strangers, state_of
 from normbench.checkpoint import Checkpoints
 from normbench.config import Config
@@ -25,6 +26,7 @@ from normbench.data.loading import Data, EvalPart, load
 from normbench.data.options import DatasetOptions
 from normbench.manifest import Observation, idle_options, kernels_of, observe
 from normbench.models.init import initialise
+from normbench.norms.base import widen
 from normbench.optim import Schedule, make_optimizer, state_tensors
 from normbench.plan import utc_now
 from normbench.progress import SessionProgress
@@ -44,6 +46,7 @@ class Prepared:
     device: torch.device
     model: nn.Module
     step_model: nn.Module  # the model, or its compiled form
+    parallel: DistributedDataParallel | None  # around it, where several processes train together
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
@@ -80,6 +83,7 @@ def prepare(config: Config) -> Prepared:
         device=device,
         model=model,
         step_model=model,
+        parallel=None,
         optimizer=make_optimizer(optim, model, norm_layers_of(model).values()),
         schedule=schedule,
         scaler=scaler,
@@ -104,11 +108,12 @@ def load_data(config: Config) -> Data:
         eval_batch_size=config.batch["eval_size"],
         seed=config.seed,
         channels_last=config.channels_last,
+        cut=ranks.Cut.here(config.batch["size"], config.batch["micro"]),
     )
 
 
 def look(ready: Prepared) -> None:
-    """Observe the norm layers in one training and one evaluation step, then compile if asked.
+    """Observe the norm layers in one training and one evaluation step, then compile and share out if asked.
 
     Leaves the model in a used state: every session writes its own start first.
     """
@@ -122,10 +127,15 @@ def look(ready: Prepared) -> None:
 
     layers = norm_layers_of(ready.model)
     ready.observation = observe(ready.model, layers, lambda: train_step(ready, x, y), eval_step)
+    unused = any(p.requires_grad and p.grad is None for p in ready.model.parameters())
     start(ready, seeds)
     ready.observation.idle = idle_options(ready.config.norm, ready.observation.layers)
     if ready.config.compile:
         ready.step_model = cast(nn.Module, torch.compile(ready.model))
+    if ranks.size() > 1:
+        own = [ready.device] if ready.device.type == "cuda" else None
+        ready.parallel = DistributedDataParallel(ready.step_model, own, find_unused_parameters=unused)
+    if ready.config.compile:
         meet_every_size(ready, x, y)
         ready.observation.kernels = kernels_of(lambda: train_step(ready, x, y), ready.device)
 
@@ -133,9 +143,10 @@ def look(ready: Prepared) -> None:
 def meet_every_size(ready: Prepared, x: Tensor, y: Tensor) -> None:
     """Compile for every batch size that will come, in training and evaluation: each costs a compilation."""
     train_step(ready, x, y)
-    last = ready.data.train.num_samples % len(y)
-    if last and ready.data.train.steps_per_epoch * len(y) > ready.data.train.num_samples:
-        train_step(ready, x[:last], y[:last])
+    train = ready.data.train
+    last = train.cut.own(train.images_in(train.steps_per_epoch - 1))
+    if (n := last.stop - last.start) < len(y):
+        train_step(ready, x[:n], y[:n])
     for part in filter(None, (ready.data.val, ready.data.test)):
         evaluate(ready, part)
 
@@ -193,28 +204,31 @@ def train(
     steps_per_epoch, every = data.train.steps_per_epoch, config.eval_every
     row_steps = every.count if every.unit == "steps" else steps_per_epoch
     eval_steps = every.count * (1 if every.unit == "steps" else steps_per_epoch)
-    totals, rows, selection = course.totals, course.rows, course.selection
+    totals, rows, selection, boundary = course.totals, course.rows, course.selection, ranks.Boundary()
     held = machine.reset_peak_memory(ready.device) - bytes_of(ready)
     began = time.perf_counter() - course.elapsed_s
 
     def save() -> None:
         course.elapsed_s = time.perf_counter() - began
-        checkpoints.write(course.body(ready))
+        body = course.body(ready)
+        if ranks.first():
+            checkpoints.write(body)
 
     clock.start()
     for step, (epoch, x, y) in enumerate(endless(data, seeds, course.step), start=course.step + 1):
-        if interrupt.asked():
+        signum, due = boundary.ask(interrupt.asked(), checkpoints.due(None))
+        if signum:
             clock.stop()
             if checkpoints.every is not None:
                 save()
-            interrupt.obey()
-        torch.manual_seed(seeds.number("forward", epoch, step))  # dropout and sampling norms draw from this
+            raise interrupt.Interrupted(signum)
         lr = ready.schedule.apply(ready.optimizer, step - 1)
-        totals.add(*train_step(ready, x, y), y)
-        progress.step(len(y))
+        images = data.train.images_in((step - 1) % steps_per_epoch)
+        totals.add(*train_step(ready, x, y, images, seeds.number("forward", epoch, step)), y)
+        progress.step(images)
         course.step = step
         if step % row_steps and step < ready.total_steps:
-            if checkpoints.due(None):
+            if due:
                 clock.stop()
                 save()
                 clock.start()
@@ -255,7 +269,7 @@ def train(
             selection.consider(row, test, ready.model)
         if last:
             break
-        if checkpoints.due(None if step % steps_per_epoch else epoch):
+        if ranks.told(checkpoints.due(None if step % steps_per_epoch else epoch)):
             save()
         clock.start()
 
@@ -283,31 +297,63 @@ def autocast(ready: Prepared) -> torch.autocast:
     return torch.autocast(ready.device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def train_step(ready: Prepared, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """One update; returns its loss () and logits (N, classes), still on the device."""
-    with autocast(ready):
-        logits = ready.step_model(x)
-        loss = F.cross_entropy(logits.float(), y, label_smoothing=ready.config.optim["label_smoothing"])
+def train_step(
+    ready: Prepared, x: Tensor, y: Tensor, images: int | None = None, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """One update; returns its loss () and logits (N, classes), still on the device.
+
+    Args:
+        x, y: this process's share of the batch.
+        images: of the whole batch, over whose mean loss the gradient is taken; None if all shares are alike.
+        seed: what dropout and sampling norms draw from: each part of the batch from a number of its own.
+    """
+    model, cut = ready.parallel or ready.step_model, ready.data.train.cut
+    count = images or len(y) * cut.ranks
     ready.optimizer.zero_grad()
-    ready.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    losses, outputs = [], []
+    for i, (part, labels) in enumerate(
+        zip(x.tensor_split(cut.micros), y.tensor_split(cut.micros), strict=True)
+    ):
+        torch.manual_seed(seed + cut.rank * cut.micros + i)
+        waits = ready.parallel is not None and i < cut.micros - 1
+        with ready.parallel.no_sync() if ready.parallel and waits else contextlib.nullcontext():
+            with autocast(ready):
+                logits = model(part)
+                loss = F.cross_entropy(
+                    widen(logits), labels, label_smoothing=ready.config.optim["label_smoothing"]
+                )
+            share = len(labels) * cut.ranks / count  # the ranks' gradients are averaged
+            ready.scaler.scale(loss if share == 1 else loss * share).backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach() * (len(labels) / len(y)) if cut.micros > 1 else loss.detach())
+        outputs.append(logits.detach())
     ready.scaler.step(ready.optimizer)
     ready.scaler.update()
-    return loss.detach(), logits.detach()
+    return torch.stack(losses).sum(), torch.cat(outputs)
 
 
 @torch.no_grad()
 def evaluate(ready: Prepared, part: EvalPart) -> Evaluation:
-    """Loss and accuracy over a whole part in evaluation mode."""
+    """Loss and accuracy over a whole part in evaluation mode; every rank takes some of its batches."""
+    share_buffers(ready)
     ready.step_model.eval()
-    loss = torch.zeros((), dtype=torch.float64, device=ready.device)
-    labels, predictions = [], []
-    for x, y in part.batches():
+    losses, predictions = [], []
+    for x, y in part.batches(ranks.rank(), ranks.size()):
         with autocast(ready):
             logits = ready.step_model(x)
-        loss += F.cross_entropy(logits.float(), y, reduction="sum")
-        labels.append(y)
+        losses.append(F.cross_entropy(widen(logits), y, reduction="sum").double())
         predictions.append(logits.argmax(1))
     ready.step_model.train()
-    truth, guess = torch.cat(labels), torch.cat(predictions)
+    sums, guesses = torch.stack(losses).cpu() if losses else torch.empty(0), [p.cpu() for p in predictions]
+    found = ranks.gathered((sums, guesses))
+    in_order = [(found[i % len(found)], i // len(found)) for i in range(sum(len(own) for own, _ in found))]
+    loss = sum(own[at].item() for (own, _), at in in_order)
+    truth, guess = part.labels, torch.cat([own[at] for (_, own), at in in_order])
     acc = (truth == guess).double().mean()
-    return Evaluation(loss.item() / len(truth), acc.item(), truth.cpu(), guess.cpu())
+    return Evaluation(loss / len(truth), acc.item(), truth, guess)
+
+
+def share_buffers(ready: Prepared) -> None:
+    """Give every rank the buffers of rank 0, as its next training step would."""
+    if ready.parallel is not None:
+        for buffer in ready.model.buffers():
+            torch.distributed.broadcast(buffer, 0)

@@ -214,10 +214,10 @@ def test_a_failing_session_is_a_row_and_stops_no_other(
 ) -> None:
     step = training.train_step
 
-    def breaks(ready: training.Prepared, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def breaks(ready: training.Prepared, *batch: Any) -> tuple[Tensor, Tensor]:
         if ready.config.choices["norm"] == "bn":
             raise MemoryError("no more\nof it")
-        return step(ready, x, y)
+        return step(ready, *batch)
 
     monkeypatch.setattr(training, "train_step", breaks)
     plan = train("norm=obn,bn", "session=0,1", *TINY, fails=1)

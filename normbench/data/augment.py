@@ -2,11 +2,26 @@
 
 Each function draws all its numbers at once, in the order its docstring says, on the CPU, so that equal keys
 give equal images on every device. Sizes: N images, C channels, H rows, W columns.
+Images that are a share of a batch draw the whole batch's numbers and keep their own.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+
+class Share(NamedTuple):
+    """Which of a batch's `total` images are meant: those `at`."""
+
+    total: int
+    at: slice
+
+
+def all_of(images: Tensor) -> Share:
+    """The images are the batch."""
+    return Share(len(images), slice(None))
 
 
 def pad(images: Tensor, padding: int, mode: str) -> Tensor:
@@ -31,19 +46,23 @@ def crop_at(images: Tensor, top: Tensor, left: Tensor, height: int, width: int) 
     return windows[sample, :, top.to(images.device), left.to(images.device)]
 
 
-def random_crop(images: Tensor, padding: int, mode: str, generator: torch.Generator) -> Tensor:
+def random_crop(
+    images: Tensor, padding: int, mode: str, generator: torch.Generator, share: Share | None = None
+) -> Tensor:
     """Pad every side, then cut each image back to its size at its own place: (N, C, H, W) → (N, C, H, W).
 
     Draws: N tops, then N lefts, each 0 … 2·padding. Zero padding is black before normalisation.
     """
-    tops, lefts = torch.randint(0, 2 * padding + 1, (2, len(images)), generator=generator)
+    total, at = share or all_of(images)
+    tops, lefts = torch.randint(0, 2 * padding + 1, (2, total), generator=generator)[:, at]
     height, width = images.shape[2:]
     return crop_at(pad(images, padding, mode), tops, lefts, height, width)
 
 
-def random_flip(images: Tensor, p: float, generator: torch.Generator) -> Tensor:
+def random_flip(images: Tensor, p: float, generator: torch.Generator, share: Share | None = None) -> Tensor:
     """Mirror each image left to right with probability p: (N, C, H, W) → (N, C, H, W). Draws: N uniforms."""
-    chosen = torch.rand(len(images), generator=generator) < p
+    total, at = share or all_of(images)
+    chosen = torch.rand(total, generator=generator)[at] < p
     return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(3), images)
 
 
@@ -77,10 +96,13 @@ def fill_holes(images: Tensor, holes: Tensor) -> Tensor:
     return images.clone().masked_fill_(hole[:, None], 0)  # masked_fill alone loses channels last
 
 
-def random_cutout(images: Tensor, side: int, p: float, generator: torch.Generator) -> Tensor:
+def random_cutout(
+    images: Tensor, side: int, p: float, generator: torch.Generator, share: Share | None = None
+) -> Tensor:
     """Put 0 into a square of an image with probability p: (N, C, H, W) → the same. Draws: cutout_holes'."""
-    holes = cutout_holes(len(images), images.shape[2], images.shape[3], side, p, generator)
-    return fill_holes(images, holes)
+    total, at = share or all_of(images)
+    holes = cutout_holes(total, images.shape[2], images.shape[3], side, p, generator)
+    return fill_holes(images, holes[at])
 
 
 def random_resized_box(height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:

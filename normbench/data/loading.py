@@ -9,8 +9,9 @@ from torch import Tensor
 
 from normbench.data.options import DatasetOptions
 from normbench.data.reading import list_files, read_images
-from normbench.data.resident import Normalizer, Resident
+from normbench.data.resident import Normalizer, Own, Resident
 from normbench.data.streamed import Streamed
+from normbench.ranks import WHOLE, Cut
 from normbench.seeds import Seeds
 from normbench.values import int_from, positive_int
 
@@ -22,7 +23,7 @@ class _Source(Protocol):
     def labels(self) -> Tensor: ...
 
     def augmented(
-        self, rows: Sequence[Tensor], seeds: Seeds, epoch: int, first_step: int
+        self, rows: Sequence[Tensor], seeds: Seeds, epoch: int, first_step: int, own: Own
     ) -> Iterator[tuple[Tensor, Tensor]]: ...
 
     def plain(self, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]: ...
@@ -30,13 +31,17 @@ class _Source(Protocol):
 
 @dataclass(frozen=True)
 class TrainPart:
-    """The training images; `index` (n,) int64 are their places in the training files, ascending."""
+    """The training images; `index` (n,) int64 are their places in the training files, ascending.
+
+    `cut` says which share of every batch this process takes.
+    """
 
     source: _Source
     index: Tensor
     batch_size: int
     shuffle: bool
     drop_last: bool
+    cut: Cut = WHOLE
 
     @property
     def num_samples(self) -> int:
@@ -48,11 +53,15 @@ class TrainPart:
         """Batches of one epoch."""
         return steps_per_epoch(self.num_samples, self.batch_size, self.drop_last)
 
+    def images_in(self, step: int) -> int:
+        """Images of a step's batch, of all shares; an epoch's first step is 0."""
+        return min(self.batch_size, self.num_samples - step * self.batch_size)
+
     def batches(self, seeds: Seeds, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Augmented x (N, C, H, W) float32 and y (N,) int64 of an epoch, from step `start_step` (first: 0).
 
         Order and augmentation depend on seeds, epoch and step only, so the rest of an interrupted epoch is
-        the same as in a whole one.
+        the same as in a whole one, and the shares of a batch are together what one process would see.
         """
         if int_from("start_step", start_step, 0) > self.steps_per_epoch:
             raise ValueError(f"start_step must be an int from 0 to {self.steps_per_epoch}, got {start_step}")
@@ -60,7 +69,7 @@ class TrainPart:
         if self.shuffle:
             index = index[torch.randperm(len(index), generator=seeds.generator("order", epoch))]
         rows = torch.split(index, self.batch_size)[start_step : self.steps_per_epoch]
-        return self.source.augmented(rows, seeds, epoch, start_step)
+        return self.source.augmented(rows, seeds, epoch, start_step, self.cut.own)
 
 
 @dataclass(frozen=True)
@@ -81,9 +90,12 @@ class EvalPart:
         """All labels (n,) int64 in the order of `batches`, without reading an image; on the CPU."""
         return self.source.labels.cpu()[self.index]
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """x (N, C, H, W) float32 and y (N,) int64 in the files' order, not augmented, none left out."""
-        return self.source.plain(torch.split(self.index, self.batch_size))
+    def batches(self, first: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """x (N, C, H, W) float32 and y (N,) int64 in the files' order, not augmented, none left out.
+
+        With `every` only one batch of so many, from the `first`: whole ones, so that their numbers stay.
+        """
+        return self.source.plain(torch.split(self.index, self.batch_size)[first::every])
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,7 @@ def load(
     eval_batch_size: int,
     seed: int,
     channels_last: bool = False,
+    cut: Cut = WHOLE,
 ) -> Data:
     """Open a data set.
 
@@ -129,6 +142,7 @@ def load(
         eval_batch_size: of validation and test batches.
         seed: the experiment's; it alone chooses validation part and subsets, so all sessions share them.
         channels_last: memory format of x.
+        cut: which share of every training batch this process takes.
     Raises:
         Refused — files are missing, damaged or not what the options say; the text is one line.
         ValueError — drop_last leaves no batch.
@@ -149,7 +163,7 @@ def load(
         test_source = Resident(test_images, options.augment, normalize)
     train, val, test = _split(options, Seeds(seed, 0))
     return Data(
-        train=TrainPart(train_source, train, batch_size, options.shuffle, options.drop_last),
+        train=TrainPart(train_source, train, batch_size, options.shuffle, options.drop_last, cut),
         val=EvalPart(train_source, val, eval_batch_size) if len(val) else None,
         test=EvalPart(test_source, test, eval_batch_size),
         num_classes=options.num_classes,

@@ -1,15 +1,17 @@
 """Images held in memory on the device: a batch is gathered, augmented and normalised there."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from normbench.data.augment import random_crop, random_cutout, random_flip
+from normbench.data.augment import Share, random_crop, random_cutout, random_flip
 from normbench.data.options import Augment, DatasetOptions
 from normbench.data.reading import Images
 from normbench.seeds import Seeds
+
+Own = Callable[[int], slice]  # where this process's share of a batch of so many images lies
 
 
 class Normalizer:
@@ -42,20 +44,21 @@ class Resident:
         return self.data.labels
 
     def augmented(
-        self, rows: Sequence[Tensor], seeds: Seeds, epoch: int, first_step: int
+        self, rows: Sequence[Tensor], seeds: Seeds, epoch: int, first_step: int, own: Own
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Training batches; the random numbers of step s come from the key ("augment", epoch, s)."""
         augment = self.augment
-        for step, at in enumerate(rows, first_step):
-            images, labels = self._gather(at)
+        for step, whole in enumerate(rows, first_step):
+            share = Share(len(whole), own(len(whole)))
+            images, labels = self._gather(whole[share.at])
             generator = seeds.generator("augment", epoch, step)
             if augment.crop:
-                images = random_crop(images, augment.crop, augment.crop_padding, generator)
+                images = random_crop(images, augment.crop, augment.crop_padding, generator, share)
             if augment.flip:
-                images = random_flip(images, augment.flip, generator)
+                images = random_flip(images, augment.flip, generator, share)
             x = self.normalize(images)
             if augment.cutout:
-                x = random_cutout(x, augment.cutout, augment.cutout_p, generator)
+                x = random_cutout(x, augment.cutout, augment.cutout_p, generator, share)
             yield x, labels
 
     def plain(self, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

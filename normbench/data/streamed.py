@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from normbench.data.augment import cutout_holes, fill_holes, random_crop, random_flip, random_resized_box
 from normbench.data.options import DatasetOptions
 from normbench.data.reading import Files, one_line
-from normbench.data.resident import Normalizer
+from normbench.data.resident import Normalizer, Own
 from normbench.seeds import Seeds
 from normbench.values import Refused
 
@@ -109,10 +109,11 @@ class Streamed:
         return self.files.labels
 
     def augmented(
-        self, rows: Sequence[Tensor], seeds: Seeds, epoch: int, first_step: int
+        self, rows: Sequence[Tensor], seeds: Seeds, epoch: int, first_step: int, own: Own
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Training batches; the random numbers of image i come from the key ("augment", epoch, i)."""
-        return self._batches([[(seeds, epoch, index) for index in at.tolist()] for at in rows])
+        shares = (whole[own(len(whole))] for whole in rows)
+        return self._batches([[(seeds, epoch, index) for index in at.tolist()] for at in shares])
 
     def plain(self, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches as they are, only resized and normalised."""

@@ -1,5 +1,7 @@
 """Batch norm over all processes of a data-parallel run: every rank's share of the batch counts."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,8 +31,23 @@ def joined(own: Tensor) -> Tensor:
     return total
 
 
+_apart: list[bool] = []
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let layers measure their own share, while the other processes may be doing something else."""
+    _apart.append(True)
+    try:
+        yield
+    finally:
+        _apart.pop()
+
+
 def processes() -> int:
     """How many processes train together; one where there is no process group."""
+    if _apart:
+        return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
