@@ -44,8 +44,11 @@ class LocalLauncher(Launcher):
 
     def slots(self, sessions: int, plan: "Plan") -> list[str | None]:
         """The CUDA device of each slot, None where sessions choose it; empty to run in this process."""
+        from normbench import ranks
         from normbench.local import visible_devices
 
+        if ranks.size() > 1 and self.n_jobs is None:
+            return []
         named = {str(arm.values["device"]) for arm in plan.arms}
         devices = visible_devices() if named <= {"auto", "cuda"} else []
         wanted = self.n_jobs or (len(devices) if len(devices) > 1 else 0)

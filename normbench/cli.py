@@ -17,6 +17,7 @@ from hydra.errors import (
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from normbench import ranks
 from normbench.config import GROUPS, conf_dir, register_resolvers, unknown_key, unknown_option
 from normbench.doors import line_of, refuse
 from normbench.interrupt import Interrupted
@@ -41,7 +42,8 @@ def run(door: str) -> None:
         print(failed, file=sys.stderr)
         sys.exit(1)
     except (KeyboardInterrupt, Interrupted) as stopped:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        if ranks.first():
+            print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(128 + stopped.signum if isinstance(stopped, Interrupted) else 130)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, Refused, OSError) as error:
         if traceback_wanted:

@@ -1,15 +1,21 @@
 """How every door refuses: one line on stderr and exit code 2, whatever a person or a disk got wrong."""
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from normbench import ranks
 from normbench.values import Refused
+
+RANK_0_SPEAKS_S = 10.0
 
 
 def refuse(door: str, line: str) -> NoReturn:
-    """Print the one line and exit with code 2."""
+    """Print the one line and exit with code 2; of several ranks the first speaks, torchrun ends the rest."""
+    if not ranks.first():
+        time.sleep(RANK_0_SPEAKS_S)
     print(f"normbench {door}: {line}", file=sys.stderr)
     sys.exit(2)
 

@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from normbench import ranks
+
 # submitit has Slurm send USR2 before a time limit and before a preemption
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
@@ -59,7 +61,7 @@ def listening() -> Iterator[None]:
         if _asked and signum == signal.SIGINT:
             raise KeyboardInterrupt
         _asked.append(signum)
-        if len(_asked) == 1:
+        if len(_asked) == 1 and ranks.first():
             said = f"{signal.Signals(signum).name}: stops after this step"
             again = "; Ctrl-C once more stops at once" if signum == signal.SIGINT else ""
             os.write(2, f"{said}{again}\n".encode())

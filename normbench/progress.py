@@ -11,10 +11,10 @@ from normbench.results import EpochRow
 
 
 class SessionProgress:
-    """One session's progress: `step` at every update, `row` at every row of epochs.csv."""
+    """One session's progress: `step` at every update, `row` at every row of epochs.csv; `quiet` hides it."""
 
-    def __init__(self, title: str, total_steps: int) -> None:
-        self.title, self.total_steps = title, total_steps
+    def __init__(self, title: str, total_steps: int, quiet: bool = False) -> None:
+        self.title, self.total_steps, self.quiet = title, total_steps, quiet
         self.console = Console(file=sys.stdout, highlight=False)
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -24,7 +24,7 @@ class SessionProgress:
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,
         )
         self.losses = ""
         self.images, self.shown_at = 0, time.perf_counter()
@@ -42,6 +42,8 @@ class SessionProgress:
     def skip(self, steps: int) -> None:
         """So many steps were done before."""
         self.bar.advance(self.task, steps)
+        if self.quiet:
+            return
         print(f"{self.title}: goes on from step {steps}/{self.total_steps}", flush=True)
 
     def step(self, images: int) -> None:
@@ -61,7 +63,7 @@ class SessionProgress:
         test = "" if row.test_acc is None else f"  test {row.test_acc:.4f}"
         val = "" if row.val_acc is None else f"  val {row.val_acc:.4f}"
         self.losses = f"loss {row.train_loss:.4f}  train {row.train_acc:.4f}{val}{test}"
-        if not self.console.is_terminal:
+        if not self.console.is_terminal and not self.quiet:
             at = f"{self.title}  epoch {row.epoch}  step {row.step}/{self.total_steps}"
             rate = "" if row.images_per_s is None else f"  {row.images_per_s:,.0f} images/s"
             print(f"{at}  {self.losses}{rate}", flush=True)

@@ -1,11 +1,11 @@
 """This process's place among those that train one session together, as torchrun's environment has it.
 
-    with joined(device):      nothing where a process is alone
-        told(value)           rank 0's, on every rank
-        gathered(value)       everyone's, by rank
+    told(value)           rank 0's, on every rank
+    gathered(value)       everyone's, by rank
 
-What all ranks do alike they compute alike; only what a clock, a disk or a signal says is agreed on here.
-Nothing imports torch before the processes join.
+Rank 0 walks the plan; the others train along with it (`worker.follow`). What all do alike they compute
+alike; only what a clock, a disk or a signal says is agreed on here. Alone, a process asks nobody. Nothing
+imports torch before the processes meet.
 """
 
 import contextlib
@@ -76,26 +76,54 @@ class Cut:
 WHOLE = Cut()
 
 
-@contextlib.contextmanager
-def joined(cuda: bool) -> Iterator[None]:
-    """Join the others: gloo for what lies on the CPU and, with `cuda`, NCCL for what lies on the GPUs."""
+def join(cuda: bool) -> None:
+    """Meet the others: gloo for what lies on the CPU and, with `cuda`, NCCL for what lies on the GPUs."""
     if size() == 1:
-        yield
         return
     import torch
     import torch.distributed as dist
 
-    if dist.is_initialized():
-        yield
-        return
     if cuda:
         torch.cuda.set_device(local_rank())
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+
+
+def part() -> None:
+    """Leave when all have come this far."""
+    if size() == 1:
+        return
+    import torch.distributed as dist
+
+    summed(0)
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def leading(cuda: bool) -> Iterator[None]:
+    """On rank 0: the others follow, through every `session`, until this ends."""
+    join(cuda)
+    _apart.clear()
     try:
         yield
-        summed(0)  # rank 0 keeps the store that the others leave by
     finally:
-        dist.destroy_process_group()
+        if not _apart:
+            told(None)
+            part()
+
+
+@contextlib.contextmanager
+def session(task: object) -> Iterator[None]:
+    """On rank 0: the others are told what to train, and wait for the next afterwards.
+
+    Where it ends in an error they may be anywhere, and nothing more can be said to them.
+    """
+    told(task)
+    _apart.append(task)
+    yield
+    _apart.clear()
+
+
+_apart: list[object] = []
 
 
 def told(value: T) -> T:

@@ -3,18 +3,21 @@
 import contextlib
 import io
 import json
+import os
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from normbench import device as machine
+from normbench import ranks
 from normbench.building import norm_layers_of
 from normbench.checkpoint import Checkpoints
 from normbench.claim import Claim
-from normbench.config import Config
+from normbench.config import Config, norm_that_runs
 from normbench.course import Course
 from normbench.failure import last_line
 from normbench.identity import short_names
@@ -28,19 +31,21 @@ from normbench.training import Prepared, settings_of, start, train, warm_up
 
 
 def run_session(
-    ready: Prepared, config: Config, plan: Plan, planned: Planned, started_at: str, claim: Claim
+    ready: Prepared, config: Config, plan: Plan, planned: Planned, started_at: str, claim: Claim | None
 ) -> None:
-    """Train one session in its folder, which `claim` holds."""
+    """Train one session in its folder, which `claim` holds; a rank that only follows has none."""
     folder, arm = plan.session_folder(planned), plan.arms[planned.arm]
     seeds = Seeds(config.seed, config.session)
     name = short_names({a.setting: a.arm for a in plan.arms})[arm.setting]
     title = f"{name} s{planned.session}"
-    checkpoints = Checkpoints(folder, config.checkpoint_every, claim.held)
+    checkpoints = Checkpoints(folder, config.checkpoint_every)
+    if claim:
+        checkpoints.held = claim.held
     with settings_of(config, ready.device):
         warm_up(ready, seeds)
         start(ready, seeds)
         first = {name: p.detach().cpu().clone() for name, p in ready.model.named_parameters()}
-        saved = checkpoints.read()
+        saved = ranks.told(checkpoints.read() if claim else None)
         course = Course(ready)
         if saved is not None:
             try:
@@ -48,12 +53,15 @@ def run_session(
             except (KeyError, TypeError, RuntimeError) as error:
                 # other code wrote it, of other tensors
                 why = f"its checkpoint does not fit ({last_line(error)}); starts again"
-                print(f"{folder}: {why}", file=sys.stderr)
+                if claim:
+                    print(f"{folder}: {why}", file=sys.stderr)
                 start(ready, seeds)
         with (
-            contextlib.closing(EpochTable(folder / "epochs.csv", course.rows)) as table,
-            contextlib.closing(Scalars(folder / "tb" if config.tensorboard else None)) as scalars,
-            SessionProgress(title, ready.total_steps) as progress,
+            contextlib.closing(
+                EpochTable(folder / "epochs.csv" if claim else Path(os.devnull), course.rows)
+            ) as table,
+            contextlib.closing(Scalars(folder / "tb" if config.tensorboard and claim else None)) as scalars,
+            SessionProgress(title, ready.total_steps, quiet=claim is None) as progress,
         ):
             if course.step:
                 progress.skip(course.step)
@@ -62,6 +70,8 @@ def run_session(
             outcome, weights = train(ready, seeds, course, table, scalars, progress, checkpoints)
         threads = torch.get_num_threads()
         ready.optimizer.zero_grad()  # between its sessions a setting holds no gradients
+        if claim is None:
+            return
         manifest = make_manifest(ready, first)
     if config.save_model:
         buffer = io.BytesIO()
@@ -87,7 +97,7 @@ def run_session(
 def started(plan: Plan, planned: Planned, started_at: str) -> Row:
     """The columns that are known before a session trains."""
     arm = plan.arms[planned.arm]
-    values, norm = arm.values, arm.values["norm"]
+    values, norm = arm.values, norm_that_runs(arm.values)
     return {
         "study": plan.study,
         "setting": arm.setting,
@@ -137,6 +147,11 @@ def make_manifest(ready: Prepared, first: dict[str, Tensor]) -> dict[str, Any]:
     trained = {id(p) for group in ready.optimizer.param_groups for p in group["params"]}
     still = never_moved(ready.model, first, trained, seen)
     warnings = [f"norm.{key}={ready.config.norm[key]} changed nothing" for key in idle]
+    cut = ready.data.train.cut
+    if ready.config.sync_bn and cut.ranks == 1:
+        warnings.append("sync_bn=true changed nothing in one process")
+    if ready.config.batch["micro"] and cut.micros == 1:
+        warnings.append(f"batch.micro={ready.config.batch['micro']} changed nothing: no batch is larger")
     if still.suspicious:
         warnings.append(f"never moved: {', '.join(still.suspicious)}")
     return {

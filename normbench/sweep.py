@@ -11,6 +11,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
 from normbench import claim as claims
+from normbench import ranks
 from normbench.checkpoint import epoch_of
 from normbench.code import code_hash
 from normbench.config import Composer
@@ -19,7 +20,7 @@ from normbench.plan import Plan, Planned
 from normbench.planning import COMMAND_KEYS, make_plan
 from normbench.values import Refused, positive_int
 from normbench.waves import Wave, looks_of, settled, waves
-from normbench.worker import FailedFast
+from normbench.worker import FailedFast, follow
 
 if TYPE_CHECKING:
     from normbench.stats.sequential import Looks
@@ -32,20 +33,26 @@ class SweepFailed(Exception):
 def sweep(composer: Composer, launcher: Launcher, master: DictConfig, arguments: Sequence[str]) -> None:
     """Plan one command, check every arm before a folder exists, launch what is missing, gather the rows."""
     plan = make_plan(composer, master, arguments)
+    if not ranks.first():
+        follow(on_cuda(plan))
+        return
     asked = Asked.of(master, plan)
     plan.check_folders()
     looks = looks_of(plan) if asked.stop_when_decided else None
     progress = Progress.of(plan, asked.retry_failed, looks)
+    here = runs_here(launcher, len(progress.todo), plan)
+    if ranks.size() > 1 and not here:
+        raise Refused("hydra.launcher starts processes of its own, and torchrun has; leave it out")
     if progress.todo:
-        here = runs_here(launcher, len(progress.todo), plan)
         check_arms(plan, {s.arm: s for s in progress.todo}.values(), here)
     print(progress.line, file=asked.stream, flush=True)
     plan.write()
     for planned in progress.todo:
         plan.run_again(planned)
     try:
-        for wave in [Wave(0, len(plan.sessions))] if looks is None else waves(plan, looks, asked.margin):
-            launch(launcher, asked, plan, wave)
+        with ranks.leading(on_cuda(plan)):
+            for wave in [Wave(0, len(plan.sessions))] if looks is None else waves(plan, looks, asked.margin):
+                launch(launcher, asked, plan, wave)
     except FailedFast:
         print("stopped at the first failure", file=sys.stderr)
     except (KeyboardInterrupt, Interrupted):
@@ -104,6 +111,15 @@ class Asked:
         per_job = 0 if chosen in ("local", "basic") else per_job
         stream = sys.stderr if chosen == "commands" else sys.stdout
         return cls(**flags, margin=margin, sessions_per_job=per_job, wait=wait, stream=stream)
+
+
+def on_cuda(plan: Plan) -> bool:
+    """Whether the ranks that train together meet on GPUs."""
+    if ranks.size() == 1:
+        return False
+    import torch
+
+    return torch.cuda.is_available() and any(arm.values["device"] != "cpu" for arm in plan.arms)
 
 
 def launch(launcher: Launcher, asked: Asked, plan: Plan, wave: "Wave") -> None:

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normbench import claim as claims
-from normbench import failure, interrupt
+from normbench import failure, interrupt, ranks
 from normbench.code import check_code
 from normbench.doors import one_line_errors
 from normbench.interrupt import Interrupted
 from normbench.plan import Plan, Planned, utc_now, write_whole
 from normbench.results import Row
+from normbench.values import Refused
 
 if TYPE_CHECKING:
     from normbench.training import Prepared
@@ -96,16 +97,22 @@ def train_one(
                 claim.remove()
             return False
         told(place)
+        attempts = failure.attempts(folder)
         try:
             write_whole(folder / "config.yaml", plan.config_text(planned))
-            ready = ready_for(plan, planned, prepared)
-            session.run_session(ready, plan.config(planned), plan, planned, started_at, claim)
+            fresh = not is_ready(plan, planned, prepared)
+            with ranks.session((plan, place, started_at, attempts, fresh)):
+                ready = ready_for(plan, planned, prepared)
+                session.run_session(ready, plan.config(planned), plan, planned, started_at, claim)
         except claims.Lost as lost:
             print(lost, file=sys.stderr)
+            if ranks.size() > 1:
+                raise FailedFast from lost
         except Exception as error:
             prepared.pop(planned.arm, None)
-            write_down(folder, session.started(plan, planned, started_at), error)
-            if fail_fast:
+            if failure.attempts(folder) == attempts:  # else another rank has said why
+                write_down(folder, session.started(plan, planned, started_at), error)
+            if fail_fast or ranks.size() > 1:
                 raise FailedFast from error
         else:
             claim.remove()
@@ -119,9 +126,42 @@ def train_one(
         free_memory()
 
 
+def follow(cuda: bool) -> None:
+    """What every rank but the first does: trains along with rank 0 until that has no more.
+
+    Raises: SystemExit — an error here or in another rank; torchrun ends those that still wait for one.
+    """
+    from normbench import session
+
+    prepared: OrderedDict[int, Prepared] = OrderedDict()
+    ranks.join(cuda)
+    with interrupt.listening():
+        while True:
+            try:
+                task: tuple[Plan, int, str, int, bool] | None = ranks.told(None)
+            except RuntimeError:  # rank 0 is gone, and has said why
+                sys.exit(1)
+            if task is None:
+                break
+            plan, place, started_at, attempts, fresh = task
+            planned = plan.sessions[place]
+            folder = plan.session_folder(planned)
+            try:
+                if fresh:
+                    prepared.pop(planned.arm, None)
+                ready = ready_for(plan, planned, prepared)
+                session.run_session(ready, plan.config(planned), plan, planned, started_at, None)
+            except Exception as error:
+                if failure.attempts(folder) == attempts:
+                    write_down(folder, session.started(plan, planned, started_at), error)
+                sys.exit(1)
+            free_memory()
+    ranks.part()
+
+
 def write_down(folder: Path, row: Row, error: Exception) -> None:
     """Keep a failure in its session's folder, if the disk takes it, and say it."""
-    said = failure.last_line(error)
+    said = failure.last_line(error) + (f" (rank {ranks.rank()})" if ranks.rank() else "")
     try:
         failure.write(folder, row, "failed", said, traceback.format_exc())
     except OSError as full:
@@ -129,14 +169,19 @@ def write_down(folder: Path, row: Row, error: Exception) -> None:
     print(f"failed: {folder}: {said}", file=sys.stderr)
 
 
+def is_ready(plan: Plan, planned: Planned, prepared: "OrderedDict[int, Prepared]") -> bool:
+    """Whether a session before has prepared what this one needs; the seed also chooses subsets."""
+    return planned.arm in prepared and prepared[planned.arm].config.seed == planned.seed
+
+
 def ready_for(plan: Plan, planned: Planned, prepared: "OrderedDict[int, Prepared]") -> "Prepared":
     """What the session's arm shares, prepared now or by a session before."""
     from normbench.training import prepare
 
-    config = plan.config(planned)
+    there = is_ready(plan, planned, prepared)
     ready = prepared.pop(planned.arm, None)
-    if ready is None or ready.config.seed != config.seed:  # the seed also chooses subsets
-        ready = prepare(config)
+    if ready is None or not there:
+        ready = prepare(plan.config(planned))
     prepared[planned.arm] = ready
     if len(prepared) > PREPARED_AT_ONCE:
         prepared.popitem(last=False)
@@ -182,6 +227,8 @@ def main() -> None:
             os.write(given.told, b"-\n" if place is None else f"{place}\n".encode())
 
     with one_line_errors("worker"):
+        if ranks.size() > 1:
+            raise Refused("torchrun starts normbench.train, whose ranks train one session together")
         plan = Plan.read(given.plan)
         last = len(plan.sessions) if given.last is None else given.last
         try:
