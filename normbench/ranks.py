@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-AGREE_S = 1.0  # how long a signal or a due checkpoint may wait until all have heard of it
+AGREE_S = 0.25  # how long a signal or a due checkpoint may wait until all have heard of it
 
 
 def size() -> int:
