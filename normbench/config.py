@@ -305,7 +305,7 @@ def check_sync_bn(values: Values, norm: str) -> None:
 def norm_that_runs(values: Values) -> Values:
     """The norm's class and options, synchronized where `sync_bn` asks for it."""
     norm: Values = values["norm"]
-    if not values["sync_bn"]:
+    if not values.get("sync_bn"):
         return norm
     return {"_target_": SYNC_BN, "_partial_": True} | {k: v for k, v in norm.items() if k in SYNCHRONIZED}
 

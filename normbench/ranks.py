@@ -10,6 +10,7 @@ imports torch before the processes meet.
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,6 +125,12 @@ def session(task: object) -> Iterator[None]:
 
 
 _apart: list[object] = []
+
+
+def lost_one(error: BaseException) -> bool:
+    """Whether an error says that another rank went away, which may say why itself."""
+    said = re.search(r"gloo|nccl|connection (closed|reset)|broken pipe", str(error), re.I)
+    return size() > 1 and isinstance(error, RuntimeError) and said is not None
 
 
 def told(value: T) -> T:

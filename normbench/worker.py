@@ -152,7 +152,7 @@ def follow(cuda: bool) -> None:
                 ready = ready_for(plan, planned, prepared)
                 session.run_session(ready, plan.config(planned), plan, planned, started_at, None)
             except Exception as error:
-                if failure.attempts(folder) == attempts:
+                if failure.attempts(folder) == attempts and not ranks.lost_one(error):
                     write_down(folder, session.started(plan, planned, started_at), error)
                 sys.exit(1)
             free_memory()
@@ -160,13 +160,19 @@ def follow(cuda: bool) -> None:
 
 
 def write_down(folder: Path, row: Row, error: Exception) -> None:
-    """Keep a failure in its session's folder, if the disk takes it, and say it."""
-    said = failure.last_line(error) + (f" (rank {ranks.rank()})" if ranks.rank() else "")
+    """Keep a failure in its session's folder, if the disk takes it, and say it.
+
+    Where another rank was killed the session is interrupted: the same command goes on with it.
+    """
+    said, status = failure.last_line(error), "failed"
+    if ranks.lost_one(error):
+        said, status = f"another process of torchrun's was killed ({said})", "interrupted"
+    said += f" (rank {ranks.rank()})" if ranks.rank() else ""
     try:
-        failure.write(folder, row, "failed", said, traceback.format_exc())
+        failure.write(folder, row, status, said, traceback.format_exc())
     except OSError as full:
         said += f" (and failure.json cannot be written: {full.strerror})"
-    print(f"failed: {folder}: {said}", file=sys.stderr)
+    print(f"{status}: {folder}: {said}", file=sys.stderr)
 
 
 def is_ready(plan: Plan, planned: Planned, prepared: "OrderedDict[int, Prepared]") -> bool:

@@ -32,8 +32,8 @@ STEPS, SIZE = 20, 2
 ALONE = ("obn", "gn drop_last", "dropout micro 12")  # of one process only: what others are compared with
 # batches of 24, 24, 24, 24, 4 images
 TINY = ["model.width=4", "dataset.train_subset=100", "dataset.test_subset=64", "batch.size=24",
-        "threads=1", "batch.eval_size=10", "dataset.augment.crop=1", "dataset.augment.flip=0.5", "dataset.augment.cutout=3",
-        "dataset.augment.cutout_p=0.5", "optim.label_smoothing=0.1"]  # fmt: skip
+        "threads=1", "batch.eval_size=10", "dataset.augment.crop=1", "dataset.augment.flip=0.5",
+        "dataset.augment.cutout=3", "dataset.augment.cutout_p=0.5", "optim.label_smoothing=0.1"]  # fmt: skip
 SETTINGS = {
     "bn": ["norm=bn"],
     "bn synchronized": ["norm=bn", "sync_bn=true"],
@@ -463,27 +463,46 @@ def test_a_killed_session_of_two_ranks_ends_with_the_bits_of_an_undisturbed_one(
 
 
 BREAKS = """
-import os
+import os, pathlib, signal, torch
 from normbench.norms.bn import BatchNorm
 class Breaks(BatchNorm):
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        self.unused = torch.nn.Parameter(torch.ones(1))
     def forward(self, x):
         if self.training and os.environ.get("RANK") == "1" and self.num_batches_tracked >= 4:
-            raise MemoryError("rank 1 has had enough")
+            if pathlib.Path("kill").is_file():
+                pathlib.Path("kill").unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if pathlib.Path("raise").is_file():
+                raise MemoryError("rank 1 has had enough")
         return super().forward(x)
 """
 
 
 @pytest.mark.slow
-def test_an_error_in_one_rank_ends_all_and_is_written_down(tmp_path: Path) -> None:
+def test_an_error_in_one_rank_ends_all_and_is_written_down_and_a_kill_is_gone_on_from(tmp_path: Path) -> None:
     (tmp_path / "breaks.py").write_text(BREAKS)
-    said = Launch(tmp_path, *TINY, "norm=custom", "norm._target_=breaks.Breaks", "session=0,1").end(1)
+    command = [*TINY, "norm=custom", "norm._target_=breaks.Breaks", "session=0,1", "epochs=2"]
+
+    def left() -> list[tuple[int, str, str]]:
+        bodies = [read_json(path) for path in (tmp_path / "outputs" / "adhoc").glob("*/*/failure.json")]
+        return [(body["attempt"], body["row"]["status"], body["row"]["error"]) for body in bodies]
+
+    (tmp_path / "raise").touch()
+    said = Launch(tmp_path, *command).end(1)
     assert "failed: outputs/adhoc/" in said and "rank 1 has had enough (rank 1)" in said
-    failures = list((tmp_path / "outputs" / "adhoc").glob("*/*/failure.json"))
-    bodies = [read_json(path) for path in failures]
-    assert [(body["attempt"], body["row"]["error"]) for body in bodies] == [
-        (1, "MemoryError: rank 1 has had enough (rank 1)")
-    ]
-    assert not list((tmp_path / "outputs" / "adhoc").glob("*/*/session.json"))
+    assert left() == [(1, "failed", "MemoryError: rank 1 has had enough (rank 1)")]
+    (tmp_path / "raise").unlink()
+
+    (tmp_path / "kill").touch()
+    said = Launch(tmp_path, *command).end(1)
+    assert "1 failed before (retry_failed=true runs them again), 1 to run" in said
+    ((_, _, error),) = (found for found in left() if found[1] == "interrupted")
+    assert error.startswith("another process of torchrun's was killed (")
+
+    said = Launch(tmp_path, *command, "retry_failed=true").end(0)
+    assert left() == [] and said.count(": ok, ") == 2 and said.count("results: ") == 1
 
 
 @pytest.mark.slow
