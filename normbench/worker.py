@@ -166,7 +166,7 @@ def write_down(folder: Path, row: Row, error: Exception) -> None:
     """
     said, status = failure.last_line(error), "failed"
     if ranks.lost_one(error):
-        said, status = f"another process of torchrun's was killed ({said})", "interrupted"
+        said, status = "another process of torchrun's was killed", "interrupted"
     said += f" (rank {ranks.rank()})" if ranks.rank() else ""
     try:
         failure.write(folder, row, status, said, traceback.format_exc())

@@ -346,6 +346,7 @@ def test_all_ranks_hold_and_report_the_same_bits(together: list[Result], name: s
     first, second = (rank[name] for rank in together)
     assert_same_bits(first["parameters"], second["parameters"])
     assert_same_bits(first["buffers"], second["buffers"])  # rank 0's, since the evaluation
+    assert all(moved for _, moved in first["scales"]) or name == "fp16"
     assert all(repr(first[key]) == repr(second[key]) for key in ("train", "test", "scales"))  # NaN too
     assert torch.equal(first["predictions"], second["predictions"])
 
@@ -499,7 +500,7 @@ def test_an_error_in_one_rank_ends_all_and_is_written_down_and_a_kill_is_gone_on
     said = Launch(tmp_path, *command).end(1)
     assert "1 failed before (retry_failed=true runs them again), 1 to run" in said
     ((_, _, error),) = (found for found in left() if found[1] == "interrupted")
-    assert error.startswith("another process of torchrun's was killed (")
+    assert error == "another process of torchrun's was killed"
 
     said = Launch(tmp_path, *command, "retry_failed=true").end(0)
     assert left() == [] and said.count(": ok, ") == 2 and said.count("results: ") == 1
