@@ -144,9 +144,11 @@ def meet_every_size(ready: Prepared, x: Tensor, y: Tensor) -> None:
     """Compile for every batch size that will come, in training and evaluation: each costs a compilation."""
     train_step(ready, x, y)
     train = ready.data.train
-    last = train.cut.own(train.images_in(train.steps_per_epoch - 1))
-    if (n := last.stop - last.start) < len(y):
-        train_step(ready, x[:n], y[:n])
+    last = train.images_in(train.steps_per_epoch - 1)
+    if last < train.images_in(0):
+        own = train.cut.own(last)
+        n = own.stop - own.start
+        train_step(ready, x[:n], y[:n], last)
     for part in filter(None, (ready.data.val, ready.data.test)):
         evaluate(ready, part)
 
