@@ -257,7 +257,7 @@ def report(plan: Plan, meant: Sequence[Planned], looks: "Looks | None") -> None:
 
         lines = [f"  {failure_line(folder)}" for folder in failed]
         lines += [f"  {count(left, 'session')} not ended; the same command goes on from here"] if left else []
-        first = f"{len(failed)} of {count(len(plan.sessions), 'session')} failed"
+        first = f"{len(failed)} of {len(plan.sessions)} sessions failed"
         raise SweepFailed("\n".join([first + (":" if lines else ""), *lines]))
 
 
