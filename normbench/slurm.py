@@ -1,0 +1,186 @@
+"""Slices of a plan as one job array of Slurm, through hydra-submitit-launcher; imported only when asked for.
+
+What submitit leaves open is closed here.
+
+- A warning (USR2: time limit, preemption) waits for the step's boundary; the checkpoint is written before
+  submitit requeues the job. TERM (scancel, scontrol requeue, preemption without warning) is obeyed the same way
+  and ends the job with 143; submitit would pass it over.
+- USR2 before Python listens kills the job's step; its batch script then requeues it.
+- A job whose sessions failed is FAILED for Slurm too.
+- Waiting asks `squeue` which jobs are left: no accounting database, and a job that died is noticed.
+- What a killed job left half written in submitit's folder does not stop the requeued one.
+"""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import submitit
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus
+from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
+from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from normbench.config import register_resolvers
+from normbench.interrupt import Interrupted
+from normbench.plan import Plan
+from normbench.values import Refused
+
+OURS = ("wait", "sessions_per_job", "submitit_folder", "max_num_timeout")
+EVERY_S, AT_MOST_EVERY_S = 1.0, 15.0
+
+# A step killed by USR2 (128 + 12) had not begun to listen: nothing is lost, and nobody else would requeue it.
+TEARDOWN = [
+    "code=$?",
+    f'if [ $code = {128 + signal.SIGUSR2} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+    "exit $code",
+]
+
+
+class SessionsFailed(Exception):
+    """Some sessions of a job failed; their folders say why. Slurm calls the job FAILED."""
+
+
+class Jobs(SlurmLauncher):  # type: ignore[misc]
+    """hydra-submitit-launcher's, with its own way to submit and to wait, and a task that obeys signals."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Submit a slice a job; wait for all unless `wait` is false."""
+        folder = plan_file(job_overrides[0]).parent / "slurm"
+        jobs = self.submit(folder, job_overrides, initial_job_idx)
+        array = jobs[0].job_id.partition("_")[0]
+        of = f"a job array of {len(jobs)} jobs" if len(jobs) > 1 else "1 job"
+        print(f"submitted to Slurm: {array}, {of}; logs in {os.path.relpath(folder)}/{array}*.out and .err")
+        print(f"look: python -m normbench.status {os.path.relpath(folder.parent)}   stop: scancel {array}")
+        if not self.params["wait"]:
+            return []
+        print("waiting; Ctrl-C ends only the waiting", flush=True)
+        wait_for(array, len(jobs))
+        return [job_return for job in jobs if (job_return := what_it_left(job)) is not None]
+
+    def submit(
+        self, folder: Path, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> list[submitit.Job[JobReturn]]:
+        """The jobs of one array; Refused in sbatch's own words where it takes none."""
+        arguments = [
+            (list(overrides), "hydra.sweep.dir", i, f"job_id_for_{i}", Singleton.get_state())
+            for i, overrides in enumerate(job_overrides, initial_job_idx)
+        ]
+        named = {key: value for key, value in self.params.items() if key not in OURS}
+        shared = set(BaseQueueConf.__dataclass_fields__)
+        try:
+            executor = submitit.AutoExecutor(
+                folder, cluster="slurm", slurm_max_num_timeout=self.params["max_num_timeout"]
+            )
+            executor.update_parameters(
+                **{key if key in shared else f"slurm_{key}": value for key, value in named.items()},
+                slurm_teardown=TEARDOWN,
+            )
+            return executor.map_array(self, *zip(*arguments, strict=True))
+        except (FailedJobError, FailedSubmissionError, NameError, TypeError, ValueError) as error:
+            said = [line for line in str(error).splitlines() if line.strip()]
+            raise Refused(f"hydra/launcher=slurm: {said[0] if said else error!r}") from error
+
+    def __call__(self, *args: Any) -> JobReturn:
+        """One job, on its node."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until a session is claimed there is nothing to save
+        remove_half_written()
+        register_resolvers()
+        print(where(), flush=True)
+        try:
+            returned: JobReturn = super().__call__(*args)
+        except Interrupted as stopped:
+            requeue = signal.getsignal(stopped.signum)
+            if stopped.signum == signal.SIGUSR2 and callable(requeue):
+                requeue(stopped.signum, None)  # submitit's: it does not return
+            sys.exit(128 + stopped.signum)
+        if returned.status is JobStatus.FAILED:
+            returned.return_value  # noqa: B018  (raises what ended the job)
+        check_sessions(args[0])
+        return returned
+
+
+def check_sessions(overrides: Sequence[str]) -> None:
+    """SessionsFailed where a session of the slice did."""
+    values = values_of(overrides)
+    plan = Plan.read(Path(values["plan.file"]))
+    sessions = plan.sessions[values["plan.first"] : values["plan.last"]]
+    failed = [str(plan.session_folder(planned)) for planned in sessions if plan.failure(planned)]
+    if failed:
+        raise SessionsFailed(f"{len(failed)} of {len(sessions)} sessions failed: {', '.join(failed)}")
+
+
+def where() -> str:
+    """What this job is, for its log: `Slurm job 7_3 on n1, CUDA_VISIBLE_DEVICES=1, restart 0`."""
+    get = os.environ.get
+    job = submitit.JobEnvironment().job_id
+    devices = f"CUDA_VISIBLE_DEVICES={get('CUDA_VISIBLE_DEVICES', '')}"
+    return f"Slurm job {job} on {get('SLURMD_NODENAME')}, {devices}, restart {get('SLURM_RESTART_COUNT', 0)}"
+
+
+def remove_half_written() -> None:
+    """submitit refuses to write where an earlier start of this job was killed while it wrote."""
+    paths = submitit.JobEnvironment().paths
+    for path in (paths.submitted_pickle, paths.result_pickle):
+        path.with_suffix(f"{path.suffix}.save_tmp").unlink(missing_ok=True)
+
+
+def values_of(overrides: Sequence[str]) -> dict[str, Any]:
+    """The values of a slice by key."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return {str(override.key_or_group): override.value() for override in parsed}
+
+
+def plan_file(overrides: Sequence[str]) -> Path:
+    """The file of the plan that a slice is of."""
+    return Path(values_of(overrides)["plan.file"])
+
+
+def wait_for(array: str, count: int) -> None:
+    """Until Slurm has none of the array's jobs any more; says how many are left whenever that changes."""
+    pause, said = EVERY_S, count
+    while (left := in_queue(array)) != 0:
+        if left is not None and left < said:
+            print(f"{count - left} of {count} jobs have ended", flush=True)
+            said, pause = left, EVERY_S
+        time.sleep(pause)
+        pause = min(1.2 * pause, AT_MOST_EVERY_S)
+
+
+def in_queue(array: str) -> int | None:
+    """How many jobs of an array are waiting or running; None where Slurm does not answer."""
+    asked = ["squeue", "--noheader", "--array", "--jobs", array, "--format", "%i"]
+    done = subprocess.run(asked, capture_output=True, text=True)
+    if done.returncode == 0:
+        return len(done.stdout.split())
+    return 0 if "Invalid job id" in done.stderr else None
+
+
+def what_it_left(job: submitit.Job[JobReturn]) -> JobReturn | None:
+    """What a job that has ended says by itself; a refusal ends the command, all else is said here.
+
+    None where the sessions' own files say the rest.
+    """
+    log = os.path.relpath(job.paths.stderr)
+    try:
+        outcome, said = pickle.loads(job.paths.result_pickle.read_bytes())
+    except (OSError, EOFError, pickle.UnpicklingError):
+        print(f"Slurm job {job.job_id} ended without a word: killed, or cancelled; {log}", file=sys.stderr)
+        return None
+    if outcome == "success":
+        return None
+    last = str(said).strip().splitlines()[-1]
+    kind, _, line = last.partition(": ")
+    if kind == f"{Refused.__module__}.{Refused.__name__}":
+        return JobReturn(status=JobStatus.FAILED, _return_value=Refused(line))
+    if kind != f"{SessionsFailed.__module__}.{SessionsFailed.__name__}":
+        print(f"Slurm job {job.job_id}: {last}; {log}", file=sys.stderr)
+    return None
