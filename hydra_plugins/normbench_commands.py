@@ -32,14 +32,8 @@ def command(overrides: Sequence[str]) -> str:
     """The shell command that trains one slice, wherever it is run."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     plan = {str(override.key_or_group): override.value() for override in parsed}
-    words = [
-        sys.executable,
-        "-m",
-        "normbench.worker",
-        plan["plan.file"],
-        plan["plan.first"],
-        plan["plan.last"],
-    ]
-    if plan.get("plan.code") is not None:
-        words += ["--code", plan["plan.code"]]
+    part = [str(plan["plan.first"]), str(plan["plan.last"])]
+    words = [sys.executable, "-m", "normbench.worker", plan["plan.file"], *part, "--code", plan["plan.code"]]
+    words += ["--skip", *map(str, skip)] if isinstance(skip := plan.get("plan.skip"), list) else []
+    words += ["--fail-fast"] if plan["fail_fast"] else []
     return f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(map(str, words))}"

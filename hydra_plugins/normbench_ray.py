@@ -1,4 +1,4 @@
-"""`hydra/launcher=ray`: the door to `normbench.ray_tasks`, which needs the extra named ray."""
+"""`hydra/launcher=ray_tasks`: the door to `normbench.ray_tasks`, which needs the extra named ray."""
 
 import os
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class RayLauncher(Launcher):
         try:
             from normbench.ray_tasks import Tasks
         except ImportError as error:
-            raise Refused(f"hydra/launcher=ray needs pip install 'normbench[ray]' ({error})") from error
+            raise Refused(f"hydra/launcher=ray_tasks needs pip install 'normbench[ray]' ({error})") from error
         self.tasks = Tasks(self.ray.init, self.ray.remote, hydra_context, task_function, config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:

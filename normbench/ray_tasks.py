@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 
 from normbench.device import SLOTS
 from normbench.values import Refused
+from normbench.worker import FailedFast
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,12 @@ class Tasks:
         try:
             start_ray(self.init)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise Refused(f"hydra/launcher=ray: {str(error).strip().splitlines()[0]}") from error
+            raise Refused(f"hydra/launcher=ray_tasks: {str(error).strip().splitlines()[0]}") from error
         try:
             asked, state = self.asked(), Singleton.get_state()
             configs = self.configs(slices, first_number)
             tasks = [launch_job_on_ray(self.context, asked, each, self.function, state) for each in configs]
-            return [returned for task in tasks if (returned := outcome(task)) is not None]
+            return outcomes(tasks)
         finally:
             if not was_up:
                 ray.shutdown()
@@ -84,11 +85,21 @@ def beside_each_other(cores: float, gpus: float) -> int:
     return most
 
 
-def outcome(task: Any) -> JobReturn | None:
-    """What a task returned; None where it died, which the sessions' own files tell in full."""
-    try:
-        returned: JobReturn = ray.get(task)
-    except RayError as error:
-        print(f"a Ray task died: {str(error).strip().splitlines()[0]}", file=sys.stderr)
-        return None
+def outcomes(tasks: Sequence[Any]) -> list[JobReturn]:
+    """What the tasks returned, as they end; without those that died, of which the sessions' files tell.
+
+    A task that was to stop everything makes the others stop with checkpoints.
+    """
+    returned: list[JobReturn] = []
+    left = list(tasks)
+    while left:
+        [task], left = ray.wait(left)
+        try:
+            returned.append(ray.get(task))
+        except RayError as error:
+            print(f"a Ray task died: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+            continue
+        if isinstance(returned[-1]._return_value, FailedFast):
+            for other in left:
+                ray.cancel(other)
     return returned

@@ -3,14 +3,16 @@
 What submitit leaves open is closed here.
 
 - A warning (USR2: time limit, preemption) waits for the step's boundary; the checkpoint is written before
-  submitit requeues the job. TERM (scancel, scontrol requeue, preemption without warning) is obeyed the same way
-  and ends the job with 143; submitit would pass it over.
+  submitit requeues the job. TERM (scancel, scontrol requeue, preemption without warning) is obeyed the same
+  way and ends the job with 143; submitit would pass it over.
 - USR2 before Python listens kills the job's step; its batch script then requeues it.
 - A job whose sessions failed is FAILED for Slurm too.
 - Waiting asks `squeue` which jobs are left: no accounting database, and a job that died is noticed.
 - What a killed job left half written in submitit's folder does not stop the requeued one.
 """
 
+import contextlib
+import io
 import os
 import pickle
 import signal
@@ -33,6 +35,7 @@ from normbench.config import register_resolvers
 from normbench.interrupt import Interrupted
 from normbench.plan import Plan
 from normbench.values import Refused
+from normbench.worker import FailedFast
 
 OURS = ("wait", "sessions_per_job", "submitit_folder", "max_num_timeout")
 EVERY_S, AT_MOST_EVERY_S = 1.0, 15.0
@@ -76,18 +79,20 @@ class Jobs(SlurmLauncher):  # type: ignore[misc]
         ]
         named = {key: value for key, value in self.params.items() if key not in OURS}
         shared = set(BaseQueueConf.__dataclass_fields__)
+        said = io.StringIO()
         try:
-            executor = submitit.AutoExecutor(
-                folder, cluster="slurm", slurm_max_num_timeout=self.params["max_num_timeout"]
-            )
-            executor.update_parameters(
-                **{key if key in shared else f"slurm_{key}": value for key, value in named.items()},
-                slurm_teardown=TEARDOWN,
-            )
-            return executor.map_array(self, *zip(*arguments, strict=True))
+            with contextlib.redirect_stderr(said):
+                executor = submitit.AutoExecutor(
+                    folder, cluster="slurm", slurm_max_num_timeout=self.params["max_num_timeout"]
+                )
+                executor.update_parameters(
+                    **{key if key in shared else f"slurm_{key}": value for key, value in named.items()},
+                    slurm_teardown=TEARDOWN,
+                )
+                return executor.map_array(self, *zip(*arguments, strict=True))
         except (FailedJobError, FailedSubmissionError, NameError, TypeError, ValueError) as error:
-            said = [line for line in str(error).splitlines() if line.strip()]
-            raise Refused(f"hydra/launcher=slurm: {said[0] if said else error!r}") from error
+            words = said.getvalue().strip() or str(error).partition("\n")[0]
+            raise Refused(f"hydra/launcher=slurm: {words.splitlines()[-1]}") from error
 
     def __call__(self, *args: Any) -> JobReturn:
         """One job, on its node."""
@@ -103,6 +108,8 @@ class Jobs(SlurmLauncher):  # type: ignore[misc]
                 requeue(stopped.signum, None)  # submitit's: it does not return
             sys.exit(128 + stopped.signum)
         if returned.status is JobStatus.FAILED:
+            if isinstance(returned._return_value, FailedFast):
+                cancel_others()
             returned.return_value  # noqa: B018  (raises what ended the job)
         check_sessions(args[0])
         return returned
@@ -116,6 +123,15 @@ def check_sessions(overrides: Sequence[str]) -> None:
     failed = [str(plan.session_folder(planned)) for planned in sessions if plan.failure(planned)]
     if failed:
         raise SessionsFailed(f"{len(failed)} of {len(sessions)} sessions failed: {', '.join(failed)}")
+
+
+def cancel_others() -> None:
+    """Stop the array's other jobs; those that run write checkpoints."""
+    array, mine = os.environ.get("SLURM_ARRAY_JOB_ID"), submitit.JobEnvironment().job_id
+    if array is not None:
+        listed = ["squeue", "--noheader", "--array", "--jobs", array, "--format", "%i"]
+        others = subprocess.run(listed, capture_output=True, text=True).stdout.split()
+        subprocess.run(["scancel", *(job for job in others if job != mine)])
 
 
 def where() -> str:
@@ -146,11 +162,14 @@ def plan_file(overrides: Sequence[str]) -> Path:
 
 def wait_for(array: str, count: int) -> None:
     """Until Slurm has none of the array's jobs any more; says how many are left whenever that changes."""
-    pause, said = EVERY_S, count
-    while (left := in_queue(array)) != 0:
-        if left is not None and left < said:
+    pause, before = EVERY_S, count
+    while True:
+        left = in_queue(array)
+        if left is not None and left < before:
             print(f"{count - left} of {count} jobs have ended", flush=True)
-            said, pause = left, EVERY_S
+            before, pause = left, EVERY_S
+        if left == 0:
+            return
         time.sleep(pause)
         pause = min(1.2 * pause, AT_MOST_EVERY_S)
 
@@ -179,8 +198,14 @@ def what_it_left(job: submitit.Job[JobReturn]) -> JobReturn | None:
         return None
     last = str(said).strip().splitlines()[-1]
     kind, _, line = last.partition(": ")
-    if kind == f"{Refused.__module__}.{Refused.__name__}":
-        return JobReturn(status=JobStatus.FAILED, _return_value=Refused(line))
-    if kind != f"{SessionsFailed.__module__}.{SessionsFailed.__name__}":
+    ends = {name_of(Refused): Refused(line), name_of(FailedFast): FailedFast()}
+    if kind in ends:
+        return JobReturn(status=JobStatus.FAILED, _return_value=ends[kind])
+    if kind != name_of(SessionsFailed):
         print(f"Slurm job {job.job_id}: {last}; {log}", file=sys.stderr)
     return None
+
+
+def name_of(error: type[Exception]) -> str:
+    """As the last line of a traceback has it."""
+    return f"{error.__module__}.{error.__qualname__}"

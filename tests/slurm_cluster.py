@@ -6,7 +6,7 @@
     python tests/slurm_cluster.py        the same to play with, until Ctrl-C
 
 Needs Debian's slurmctld, slurmd, slurm-client and munge; no root, systemd, cgroups, database or /etc/slurm.
-All state lies in a folder of its own, ports are free ones, and every daemon dies with the process that started it.
+All state lies in a folder of its own, ports are free, every daemon dies with the process that started it.
 """
 
 import contextlib
@@ -136,7 +136,7 @@ class Cluster:
         return ""
 
     def job(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says: JobState, Restarts, ExitCode, …; nothing for a job it does not know."""
+        """What `scontrol show job` says: JobState, Restarts, …; nothing for a job it does not know."""
         words = self.ask("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.partition("=")[::2] for word in words if "=" in word)
 
