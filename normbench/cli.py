@@ -23,6 +23,7 @@ from normbench.doors import line_of, refuse
 from normbench.interrupt import Interrupted
 from normbench.values import Refused
 
+LAUNCHER = "hydra/launcher"
 GROUP_KEYS = {group.replace("/", "."): group for group in GROUPS if "/" in group}
 
 
@@ -83,7 +84,8 @@ def explain(error: Exception, door: str) -> str:
     """One line in our words for a composition error of Hydra's."""
     if isinstance(error, MissingConfigException) and error.options is not None:
         path = str(error.missing_cfg_file)
-        group = max((g for g in (*GROUPS, "study") if path.startswith(f"{g}/")), key=len, default="config")
+        groups = [g for g in (*GROUPS, "study", LAUNCHER) if path.startswith(f"{g}/")]
+        group = max(groups, key=len, default="config")
         return unknown_option(group, path.removeprefix(f"{group}/"), error.options)
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not a valid override ({str(error).splitlines()[0]})"
@@ -103,7 +105,7 @@ def explain_composition(message: str, error: Exception, door: str) -> str:
     if match:
         key, owners = match[1], legal_keys(door)
         if owners.get(key):
-            group = key.partition(".")[0]
+            group = LAUNCHER if key.startswith("hydra.launcher.") else key.partition(".")[0]
             return f"{key}: the chosen {group} has no such key; {group}={','.join(owners[key])} has it"
         return unknown_key(key, owners)
     if error.__cause__ is not None and str(error.__cause__):
@@ -116,10 +118,11 @@ def legal_keys(door: str) -> dict[str, list[str]]:
     keys: dict[str, list[str]] = {}
     defaults = OmegaConf.load(conf_dir() / f"{door}.yaml").defaults
     chosen = {str(group) for entry in defaults if OmegaConf.is_config(entry) for group in entry}
+    others = LAUNCHER if f"override {LAUNCHER}" in chosen else None
     for file in sorted(conf_dir().rglob("*.yaml")):
         folder = file.relative_to(conf_dir()).parent.as_posix()
         group = folder.replace("/", ".").strip(".")
-        if folder.split("/")[0] not in chosen if group else file.stem != door:
+        if folder != others and (folder.split("/")[0] not in chosen if group else file.stem != door):
             continue
         if group.startswith("study"):
             continue

@@ -33,8 +33,10 @@ def conf_dir() -> Path:
 
 def register_resolvers() -> None:
     """`${or:a,b}` is a unless it is null, else b; `${unless:a,b}` is null where a is given, else b."""
-    OmegaConf.register_new_resolver("or", lambda a, b: b if a is None else a, replace=True)
-    OmegaConf.register_new_resolver("unless", lambda a, b: b if a is None else None, replace=True)
+    # OmegaConf 2.4 calls it register_resolver, 2.3 has the other name only
+    register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)
+    register("or", lambda a, b: b if a is None else a, replace=True)
+    register("unless", lambda a, b: b if a is None else None, replace=True)
 
 
 @dataclass(frozen=True)

@@ -97,13 +97,13 @@ def newest(folder: str = "outputs/adhoc") -> Plan:
     return plan
 
 
-def assert_same(one: Plan, other: Plan) -> None:
-    """Equal rows, epochs and weights of every session, clocks aside."""
+def assert_same(one: Plan, other: Plan, but: tuple[str, ...] = ()) -> None:
+    """Equal rows, epochs and weights of every session, clocks and the columns `but` aside."""
     assert len(one.sessions) == len(other.sessions)
     for a, b in zip(one.sessions, other.sessions, strict=True):
         folders = one.session_folder(a), other.session_folder(b)
         rows = [read_json(folder / "session.json")["row"] for folder in folders]
-        assert untimed(rows[0]) == untimed(rows[1])
+        assert untimed(rows[0], but) == untimed(rows[1], but)
         tables = [csv_rows(folder / "epochs.csv") for folder in folders]
         assert [untimed(row) for row in tables[0]] == [untimed(row) for row in tables[1]] != []
         weights = [torch.load(folder / "model.pt") for folder in folders]
@@ -115,8 +115,8 @@ def csv_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def untimed(row: Mapping[str, object]) -> dict[str, object]:
-    return {key: value for key, value in row.items() if not key.endswith(TIMES)}
+def untimed(row: Mapping[str, object], but: tuple[str, ...] = ()) -> dict[str, object]:
+    return {key: value for key, value in row.items() if not key.endswith((*TIMES, *but))}
 
 
 def log(job: str) -> str:

@@ -1,0 +1,70 @@
+"""Ray, started here: a task that is killed takes no other with it and is not silently started again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Trainer
+from test_slurm import assert_same, csv_rows
+
+from normbench import claim
+from normbench.plan import Plan
+
+ray = (
+    pytest.importorskip("ray", reason="needs pip install 'normbench[ray]'")
+    if not os.environ.get("CI")
+    else None
+)
+HERE = Path(__file__).parent
+WORDS = ["norm=custom", "norm._target_=slow_layers.Slow", "session=range(6)", "epochs=12", "threads=1",
+         "dataset.train_subset=96", "dataset.test_subset=64", "batch.size=24", "model.width=4", "device=cpu",
+         "save_model=true", "checkpoint.every=1epoch"]  # fmt: skip
+
+
+def start(slow: Path) -> "subprocess.Popen[str]":
+    """The command, with two tasks at a time."""
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", str(HERE.parent))])
+    return subprocess.Popen(
+        [sys.executable, "-m", "normbench.train", "hydra/launcher=ray_tasks", "hydra.launcher.ray.init.num_cpus=2",
+         *WORDS],
+        env={**os.environ, "PYTHONPATH": path, "SLOW_WHILE": str(slow)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_of_six_sessions_one_is_killed_five_end_and_the_same_command_ends_the_sixth(train: Trainer) -> None:
+    slow = Path("slow").resolve()
+    slow.touch()
+    process = start(slow)
+    try:
+        while not (found := list(Path().glob("outputs/adhoc/*/s*/checkpoint.pt"))):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        folder = found[0].parent
+        held = claim.holder(folder)
+        assert held is not None
+        os.kill(held.pid, signal.SIGKILL)
+        slow.unlink()
+        out, err = process.communicate(timeout=180)
+    finally:
+        process.kill()
+    assert process.returncode == 1, out + err
+    assert "a Ray task died" in err and "1 session not ended; the same command goes on from here" in err
+    assert len(list(Path().glob("outputs/adhoc/*/s*/session.json"))) == 5
+    assert claim.numbers(folder) == [held.number] == [1]  # one attempt, and nobody tried again
+
+    process = start(slow)
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, out + err
+    assert "5 of 6 done, 1 interrupted at epoch" in out and "goes on from step" in out
+    rows = csv_rows(Path("outputs/adhoc/results.csv"))
+    assert sorted(row["session"] for row in rows) == list("012345")
+    assert {(row["status"], row["slots"]) for row in rows} == {("ok", "2")}
+    plan = Plan.newest(Path("outputs/adhoc"))
+    assert plan is not None
+    assert_same(plan, train(*WORDS, "out=whole"), but=("slots",))
