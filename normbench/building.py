@@ -1,13 +1,14 @@
 """From a config to a model: built without touching the random state, tried out before data is opened."""
 
+import contextlib
 import itertools
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from hydra import utils as hydra_utils
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from normbench import ranks
@@ -42,13 +43,23 @@ def make(values: dict[str, Any]) -> Any:
     target = values.get("_target_")
     if values.get("_partial_") is not True:
         raise Refused(f"{target}: a layer's or model's YAML needs _partial_: true")
+    # Hydra 1.4 asks for the targets that a caller trusts: all that a person's own configuration names
+    trusted = getattr(hydra_utils, "execution_whitelist", None)
     try:
-        return instantiate(values)
+        with trusted(targets(values)) if trusted else contextlib.nullcontext():
+            return hydra_utils.instantiate(values)
     except InstantiationException as error:
         reason: BaseException = error
         while reason.__cause__ is not None:
             reason = reason.__cause__
         raise Refused(f"{target}: {type(reason).__name__}: {str(reason).splitlines()[0]}") from error
+
+
+def targets(values: Any) -> list[str]:
+    """Every `_target_` in a configuration."""
+    inner = values.values() if isinstance(values, dict) else values if isinstance(values, list) else ()
+    own = [str(values["_target_"])] if isinstance(values, dict) and "_target_" in values else []
+    return [*own, *(target for value in inner for target in targets(value))]
 
 
 def check_builds(config: Config) -> None:

@@ -36,9 +36,10 @@ def run(door: str) -> None:
     register_resolvers()
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
     check_arguments(door)
+    behaviour = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}  # 1.4 has one only
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra.main then raises instead of printing and exiting
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=door)(sweep.job)()
+        hydra.main(**behaviour, config_path=str(conf_dir()), config_name=door)(sweep.job)()
     except sweep.SweepFailed as failed:
         print(failed, file=sys.stderr)
         sys.exit(1)
@@ -71,6 +72,8 @@ def check_arguments(door: str) -> None:
         key, _, value = override.lstrip("+~").partition("=")
         if key in ("hydra.mode", "hydra/sweeper") or key.startswith(("hydra.sweep", "hydra.run")):
             refuse(door, f"{override}: normbench plans its sessions and their folders itself; leave it out")
+        if key in (*GROUPS, "study", LAUNCHER) and ".." in value.split("/"):
+            refuse(door, f"{override}: no such {key}; options are names, not paths")
         if key in GROUP_KEYS:
             refuse(door, f"{override}: choose a group's option with /, like {GROUP_KEYS[key]}={value}")
 

@@ -29,8 +29,8 @@ def start(slow: Path) -> "subprocess.Popen[str]":
     """The command, with two tasks at a time."""
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", str(HERE.parent))])
     return subprocess.Popen(
-        [sys.executable, "-m", "normbench.train", "hydra/launcher=ray_tasks", "hydra.launcher.ray.init.num_cpus=2",
-         *WORDS],
+        [sys.executable, "-m", "normbench.train", "hydra/launcher=ray_tasks",
+         "hydra.launcher.ray.init.num_cpus=2", *WORDS],
         env={**os.environ, "PYTHONPATH": path, "SLOW_WHILE": str(slow)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
