@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import omegaconf
 from hydra.core.config_loader import ConfigLoader
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -33,8 +34,9 @@ def conf_dir() -> Path:
 
 def register_resolvers() -> None:
     """`${or:a,b}` is a unless it is null, else b; `${unless:a,b}` is null where a is given, else b."""
-    # OmegaConf 2.4 calls it register_resolver, 2.3 has the other name only
-    register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)
+    # OmegaConf 2.4 warns of the long name; in 2.3 the short one is another function
+    short = not omegaconf.__version__.startswith("2.3.")
+    register: Any = OmegaConf.register_resolver if short else OmegaConf.register_new_resolver
     register("or", lambda a, b: b if a is None else a, replace=True)
     register("unless", lambda a, b: b if a is None else None, replace=True)
 
