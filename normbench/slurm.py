@@ -37,9 +37,11 @@ from normbench.plan import Plan
 from normbench.values import Refused
 from normbench.worker import FailedFast
 
-OURS = ("wait", "sessions_per_job", "submitit_folder", "max_num_timeout")
+OURS = ("wait", "sessions_per_job", "max_num_timeout", "setup")
 EVERY_S, AT_MOST_EVERY_S = 1.0, 15.0
 
+# Since 22.05 srun binds a task to one core unless it is told; submitit does not tell it.
+SETUP = 'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"'
 # A step killed by USR2 (128 + 12) had not begun to listen: nothing is lost, and nobody else would requeue it.
 TEARDOWN = [
     "code=$?",
@@ -87,6 +89,7 @@ class Jobs(SlurmLauncher):  # type: ignore[misc]
                 )
                 executor.update_parameters(
                     **{key if key in shared else f"slurm_{key}": value for key, value in named.items()},
+                    slurm_setup=[SETUP, *(self.params["setup"] or [])],
                     slurm_teardown=TEARDOWN,
                 )
                 return executor.map_array(self, *zip(*arguments, strict=True))
