@@ -1,30 +1,33 @@
 """A real Slurm cluster: an array over two nodes, and jobs that are disturbed in every way Slurm knows."""
 
-import csv
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import slurm_cluster
-import torch
 from conftest import Trainer
+from rows import assert_same_sessions
 from slurm_cluster import Cluster
-from test_resume import TIMES
+from test_data import folders
 
 from normbench import claim
-from normbench.plan import Plan, read_json
+from normbench.plan import Plan
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 HERE = Path(__file__).parent
 TINY = ["dataset.train_subset=96", "dataset.test_subset=64", "batch.size=24", "model.width=4", "threads=1",
-        "device=cpu", "save_model=true", "checkpoint.every=1epoch"]  # fmt: skip
+        "device=cpu", "checkpoint.every=1epoch"]  # fmt: skip
 SLOW = [*TINY, "norm=custom", "norm._target_=slow_layers.Slow", "epochs=24"]  # over a minute while it is slow
+STREAMED = ["dataset=imagenet", "data_dir=pictures", "dataset.num_classes=3", "dataset.train_size=24",
+            "dataset.test_size=6", "dataset.shape=[3,32,32]", "dataset.workers=2", "batch.size=6",
+            *(word for word in SLOW if not word.startswith(("dataset.", "batch.")))]  # fmt: skip
 JOB = ["hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=10"]
 
 
@@ -69,10 +72,10 @@ class Command:
         assert found is not None, out
         return found[1]
 
-    def submit_slow(self) -> str:
+    def submit_slow(self, words: Sequence[str] = SLOW) -> str:
         """The number of a job that has written a checkpoint and will not be done soon."""
         self.slow.touch()
-        job = self.submit(*SLOW)
+        job = self.submit(*words)
         self.cluster.until(
             "the job has a checkpoint", lambda: list(Path().glob("outputs/*/*/s0/checkpoint.pt"))
         )
@@ -97,28 +100,6 @@ def newest(folder: str = "outputs/adhoc") -> Plan:
     return plan
 
 
-def assert_same(one: Plan, other: Plan, but: tuple[str, ...] = ()) -> None:
-    """Equal rows, epochs and weights of every session, clocks and the columns `but` aside."""
-    assert len(one.sessions) == len(other.sessions)
-    for a, b in zip(one.sessions, other.sessions, strict=True):
-        folders = one.session_folder(a), other.session_folder(b)
-        rows = [read_json(folder / "session.json")["row"] for folder in folders]
-        assert untimed(rows[0], but) == untimed(rows[1], but)
-        tables = [csv_rows(folder / "epochs.csv") for folder in folders]
-        assert [untimed(row) for row in tables[0]] == [untimed(row) for row in tables[1]] != []
-        weights = [torch.load(folder / "model.pt") for folder in folders]
-        assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
-
-
-def csv_rows(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def untimed(row: Mapping[str, object], but: tuple[str, ...] = ()) -> dict[str, object]:
-    return {key: value for key, value in row.items() if not key.endswith((*TIMES, *but))}
-
-
 def log(job: str) -> str:
     return "".join(path.read_text() for path in sorted(Path("outputs/adhoc/slurm").glob(f"{job}_*_log.*")))
 
@@ -131,8 +112,9 @@ def test_an_array_over_two_nodes_pins_its_gpus_and_trains_as_this_process_does(
     assert "a job array of 6 jobs" in out and "6 of 6 jobs have ended" in out and err == ""
     plan = newest()
     assert len(plan.sessions) == 12
-    assert_same(plan, train(*words, "out=whole"))
-    assert [row["status"] for row in csv_rows(Path("outputs/adhoc/results.csv"))] == ["ok"] * 12
+    train(*words, "out=whole")
+    assert_same_sessions(Path("outputs"), Path("whole"))
+    assert list(pd.read_csv("outputs/adhoc/results.csv")["status"]) == ["ok"] * 12
     said = [path.read_text() for path in Path("outputs/adhoc/slurm").glob("*_log.out")]
     places = [re.search(r"on (n\d), CUDA_VISIBLE_DEVICES=(\d),", text) for text in said]
     assert len(places) == 6
@@ -143,12 +125,16 @@ def test_an_array_over_two_nodes_pins_its_gpus_and_trains_as_this_process_does(
 
 
 def test_a_requeued_job_goes_on_from_its_checkpoint(command: Command, train: Trainer) -> None:
-    job = command.submit_slow()
+    """Slurm signals every process of a job; those that read pictures for the training one pass it over."""
+    folders(Path("pictures/imagenet"), per_class=(8, 2))
+    job = command.submit_slow(STREAMED)
     command.cluster.run("scontrol", "requeue", job)
     ended = command.finish(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log(job)
     assert "SIGTERM: stops after this step" in log(job) and "goes on from step" in log(job)
-    assert_same(newest(), train(*SLOW, "out=whole"))
+    assert log(job).count("stops after this step") == 1 and "Error" not in log(job)
+    train(*STREAMED, "out=whole")
+    assert_same_sessions(Path("outputs"), Path("whole"))
 
 
 def test_a_preempted_job_makes_way_and_goes_on(command: Command, train: Trainer) -> None:
@@ -159,7 +145,8 @@ def test_a_preempted_job_makes_way_and_goes_on(command: Command, train: Trainer)
     assert command.cluster.job(high)["JobState"] == "COMPLETED"
     assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) >= 1, log(job)
     assert "SIGUSR2: stops after this step" in log(job) and "goes on from step" in log(job)
-    assert_same(newest(), train(*SLOW, "out=whole"))
+    train(*SLOW, "out=whole")
+    assert_same_sessions(Path("outputs"), Path("whole"))
 
 
 def test_a_job_that_reaches_its_time_limit_goes_on_in_the_next(command: Command, train: Trainer) -> None:
@@ -169,7 +156,8 @@ def test_a_job_that_reaches_its_time_limit_goes_on_in_the_next(command: Command,
     ended = command.finish(job)
     assert ended["JobState"] == "COMPLETED", log(job)
     assert "SIGUSR2: stops after this step" in log(job) and "goes on from step" in log(job)
-    assert_same(newest(), train(*SLOW, "out=whole"))
+    train(*SLOW, "out=whole")
+    assert_same_sessions(Path("outputs"), Path("whole"))
 
 
 def test_a_job_killed_outright_is_noticed_and_the_same_command_goes_on(
@@ -189,7 +177,8 @@ def test_a_job_killed_outright_is_noticed_and_the_same_command_goes_on(
     command.slow.unlink()
     out, _ = command.run(*SLOW)
     assert "1 interrupted at epoch" in out
-    assert_same(plan, train(*SLOW, "out=whole"))
+    train(*SLOW, "out=whole")
+    assert_same_sessions(Path("outputs"), Path("whole"))
 
 
 EARLY = """
