@@ -1,10 +1,13 @@
 """failure.json: what a session leaves that did not end, and how the next attempt is asked for."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from normbench.plan import read_json, utc_now, write_json
+from normbench.checkpoint import epoch_of
+from normbench.claim import Claim, holder
+from normbench.plan import Plan, read_json, utc_now, write_json
 from normbench.results import COLUMNS
 from normbench.values import Refused
 
@@ -15,6 +18,20 @@ def write(folder: Path, row: Mapping[str, Any], status: str, error: str, traceba
     known = {**row, "status": status, "error": error, "finished_at": utc_now()}
     body = {"row": {column: known.get(column) for column in COLUMNS}, "attempt": attempts(folder) + 1}
     write_json(path, {**body, "traceback": traceback})
+
+
+def write_killed(plan: Plan, first: int, last: int, gone: Callable[[Claim], bool], how: str) -> None:
+    """Keep that a job is gone in the middle of a session of its slice; the next may go on at once."""
+    for planned in plan.sessions[first:last]:
+        folder = plan.session_folder(planned)
+        held = holder(folder)
+        if held is None or held.released or not plan.open(planned) or not gone(held):
+            continue
+        epoch = epoch_of(folder)
+        said = f"{how}; its checkpoint is of epoch {epoch}" if epoch else f"{how}; it has no checkpoint yet"
+        write(folder, held.row, "interrupted", said, None)
+        held.release()
+        print(f"interrupted: {folder}: {said}", file=sys.stderr)
 
 
 def attempts(folder: Path) -> int:

@@ -7,6 +7,7 @@ is reported, and the same command goes on from its checkpoint. A task has one GP
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,7 +18,9 @@ from hydra_plugins.hydra_ray_launcher._launcher_util import launch_job_on_ray, s
 from omegaconf import DictConfig, OmegaConf, open_dict
 from ray.exceptions import RayError
 
+from normbench import failure
 from normbench.device import SLOTS
+from normbench.plan import Plan
 from normbench.values import Refused
 from normbench.worker import FailedFast
 
@@ -47,9 +50,15 @@ class Tasks:
             raise Refused(f"hydra/launcher=ray_tasks: {str(error).strip().splitlines()[0]}") from error
         try:
             asked, state = self.asked(), Singleton.get_state()
-            configs = self.configs(slices, first_number)
+            configs = list(self.configs(slices, first_number))
             tasks = [launch_job_on_ray(self.context, asked, each, self.function, state) for each in configs]
-            return outcomes(tasks)
+            returned = outcomes(tasks)
+            for each in configs:
+                plan, part = Plan.read(Path(each.plan.file)), each.plan
+                failure.write_killed(
+                    plan, part.first, part.last, lambda held: not held.alive, "its task died"
+                )
+            return returned
         finally:
             if not was_up:
                 ray.shutdown()

@@ -31,6 +31,8 @@ from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from normbench import failure
+from normbench.claim import Claim
 from normbench.config import register_resolvers
 from normbench.interrupt import Interrupted
 from normbench.plan import Plan
@@ -59,7 +61,7 @@ class Jobs(SlurmLauncher):  # type: ignore[misc]
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Submit a slice a job; wait for all unless `wait` is false."""
-        folder = plan_file(job_overrides[0]).parent / "slurm"
+        folder = part(job_overrides[0])[0].path.parent.absolute() / "slurm"
         jobs = self.submit(folder, job_overrides, initial_job_idx)
         array = jobs[0].job_id.partition("_")[0]
         of = f"a job array of {len(jobs)} jobs" if len(jobs) > 1 else "1 job"
@@ -69,6 +71,9 @@ class Jobs(SlurmLauncher):  # type: ignore[misc]
             return []
         print("waiting; Ctrl-C ends only the waiting", flush=True)
         wait_for(array, len(jobs))
+        for overrides in job_overrides:
+            plan, first, last = part(overrides)
+            failure.write_killed(plan, first, last, gone, "its job was killed or cancelled")
         return [job_return for job in jobs if (job_return := what_it_left(job)) is not None]
 
     def submit(
@@ -120,9 +125,8 @@ class Jobs(SlurmLauncher):  # type: ignore[misc]
 
 def check_sessions(overrides: Sequence[str]) -> None:
     """SessionsFailed where a session of the slice did."""
-    values = values_of(overrides)
-    plan = Plan.read(Path(values["plan.file"]))
-    sessions = plan.sessions[values["plan.first"] : values["plan.last"]]
+    plan, first, last = part(overrides)
+    sessions = plan.sessions[first:last]
     failed = [str(plan.session_folder(planned)) for planned in sessions if plan.failure(planned)]
     if failed:
         raise SessionsFailed(f"{len(failed)} of {len(sessions)} sessions failed: {', '.join(failed)}")
@@ -152,15 +156,16 @@ def remove_half_written() -> None:
         path.with_suffix(f"{path.suffix}.save_tmp").unlink(missing_ok=True)
 
 
-def values_of(overrides: Sequence[str]) -> dict[str, Any]:
-    """The values of a slice by key."""
+def part(overrides: Sequence[str]) -> tuple[Plan, int, int]:
+    """The plan that a slice is of, and its range."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return {str(override.key_or_group): override.value() for override in parsed}
+    values: dict[str, Any] = {str(override.key_or_group): override.value() for override in parsed}
+    return Plan.read(Path(values["plan.file"])), values["plan.first"], values["plan.last"]
 
 
-def plan_file(overrides: Sequence[str]) -> Path:
-    """The file of the plan that a slice is of."""
-    return Path(values_of(overrides)["plan.file"])
+def gone(held: Claim) -> bool:
+    """Whether the job that has a session is no longer in Slurm's hands; what is no job goes by its heart."""
+    return not held.alive if held.job is None else in_queue(held.job[0].partition(".")[0]) == 0
 
 
 def wait_for(array: str, count: int) -> None:
@@ -195,8 +200,7 @@ def what_it_left(job: submitit.Job[JobReturn]) -> JobReturn | None:
     try:
         outcome, said = pickle.loads(job.paths.result_pickle.read_bytes())
     except (OSError, EOFError, pickle.UnpicklingError):
-        print(f"Slurm job {job.job_id} ended without a word: killed, or cancelled; {log}", file=sys.stderr)
-        return None
+        return None  # killed or cancelled
     if outcome == "success":
         return None
     last = str(said).strip().splitlines()[-1]

@@ -12,6 +12,7 @@ from conftest import Trainer
 from rows import assert_same_sessions, until
 
 from normbench import claim
+from normbench.plan import read_json
 
 ray = (
     pytest.importorskip("ray", reason="needs pip install 'normbench[ray]'")
@@ -51,9 +52,11 @@ def test_of_six_sessions_one_is_killed_five_end_and_the_same_command_ends_the_si
     finally:
         process.kill()
     assert process.returncode == 1, out + err
-    assert "a Ray task died" in err and "1 session not ended; the same command goes on from here" in err
+    assert "a Ray task died" in err and f"1 of 6 sessions failed:\n  {folder}: its task died" in err
     assert len(list(Path().glob("outputs/adhoc/*/s*/session.json"))) == 5
-    assert claim.numbers(folder) == [held.number] == [1]  # one attempt, and nobody tried again
+    assert claim.numbers(folder) == [held.number] == [1]  # nobody else has tried
+    assert read_json(folder / "failure.json")["attempt"] == 1
+    assert sorted(pd.read_csv("outputs/adhoc/results.csv")["status"]) == ["interrupted", *["ok"] * 5]
 
     process = start(slow)
     out, err = process.communicate(timeout=180)

@@ -173,7 +173,9 @@ def test_a_job_killed_outright_is_noticed_and_the_same_command_goes_on(
     assert held is not None and held.job is not None
     os.kill(held.pid, signal.SIGKILL)
     out, err = client.communicate(timeout=60)
-    assert client.returncode == 1 and "ended without a word: killed" in err and "1 session not ended" in err
+    assert client.returncode == 1 and "1 of 1 session failed" in err, out + err
+    assert "s0: its job was killed or cancelled; its checkpoint is of epoch" in err
+    assert list(pd.read_csv("outputs/adhoc/results.csv")["status"]) == ["interrupted"]
     command.slow.unlink()
     out, _ = command.run(*SLOW)
     assert "1 interrupted at epoch" in out
