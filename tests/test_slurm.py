@@ -141,8 +141,8 @@ def test_a_preempted_job_makes_way_and_goes_on(command: Command, train: Trainer)
     job = command.submit_slow()
     high = command.cluster.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive",
                                "--output=/dev/null", "--wrap=true").strip()  # fmt: skip
+    command.cluster.until("the other job has run", lambda: command.cluster.ended(high))
     ended = command.finish(job)
-    assert command.cluster.job(high)["JobState"] == "COMPLETED"
     assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) >= 1, log(job)
     assert "SIGUSR2: stops after this step" in log(job) and "goes on from step" in log(job)
     train(*SLOW, "out=whole")

@@ -1,5 +1,6 @@
 """Images read from files while training, by worker processes whose number changes nothing but the speed."""
 
+import contextlib
 import signal
 import struct
 import sys
@@ -20,6 +21,11 @@ from normbench.data.resident import Normalizer, Own
 from normbench.seeds import Seeds
 from normbench.values import Refused
 
+STOPS = [
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+]
 _Key = tuple[Seeds | None, int, int]  # whose random numbers (None: no augmentation), epoch, image
 _Sample = tuple[Tensor, Tensor, int]  # image (C, H, W) uint8, hole (4,), label
 
@@ -89,9 +95,21 @@ def _collated(samples: list[_Sample | str]) -> tuple[Tensor, Tensor, Tensor] | s
 
 def _ignore_signals(worker: int) -> None:
     """Stop requests are for the training process, which ends its workers itself."""
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for stop in STOPS:
+        signal.signal(stop, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _held_back() -> Iterator[None]:
+    """Stop requests wait meanwhile; a process made meanwhile never gets any, from its first moment on."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclass(frozen=True)
@@ -144,4 +162,5 @@ class Streamed:
                 multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
                 generator=torch.Generator(),  # else it draws from torch's global numbers
             )
-            return iter(loader)
+            with _held_back():
+                return iter(loader)
