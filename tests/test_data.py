@@ -1,7 +1,9 @@
 """Data sets: shapes, splits without a leak, equal keys → equal batches, augmentation, errors."""
 
 import os
+import re
 import signal
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -594,6 +596,19 @@ def test_an_abandoned_epoch_leaves_no_worker_behind(tmp_path: Path) -> None:
     assert len(multiprocessing.active_children()) == 2
     del batches
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_are_deaf_to_stop_requests_from_their_first_moment(tmp_path: Path) -> None:
+    import multiprocessing
+
+    folders(tmp_path / "imagenet")
+    batches = opened("imagenet", tmp_path, **(SMALL | {"workers": 2})).train.batches(SEEDS, 1)
+    next(batches)
+    for pid in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+        [blocked] = re.findall(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+        assert bool(int(blocked, 16) >> (signal.SIGTERM - 1) & 1) is (pid != os.getpid())
+    del batches
 
 
 def test_workers_ignore_stop_requests() -> None:

@@ -161,7 +161,7 @@ def test_a_failed_session_is_run_again_only_on_request(
     plan = train(*TINY, fails=1)
     said = capsys.readouterr()
     assert "0 of 1 done, 1 failed before (retry_failed=true runs them again), 0 to run" in said.out
-    assert "1 of 1 session failed" in said.err and "out of memory" in said.err
+    assert "1 of 1 sessions failed" in said.err and "out of memory" in said.err
     again = train(*TINY, "retry_failed=true")
     assert again.session_folder(again.sessions[0]) == plan.session_folder(plan.sessions[0])
     assert "0 of 1 done, 1 to run" in capsys.readouterr().out and plan.finished(plan.sessions[0])
