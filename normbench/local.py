@@ -137,7 +137,13 @@ class Slot:
             environment["CUDA_VISIBLE_DEVICES"] = self.device
         pipe, end = os.pipe()
         words = [sys.executable, "-m", "normbench.worker", str(job.plan.path), str(job.first), str(job.last)]
-        words += ["--told", str(end), *(["--fail-fast"] if job.fail_fast else [])]
+        words += [
+            "--told",
+            str(end),
+            "--grace",
+            str(job.grace_s),
+            *(["--fail-fast"] if job.fail_fast else []),
+        ]
         words += ["--skip", *map(str, job.skip)] if job.skip else []
         words += ["--code", job.code] if job.code else []
         words += ["--most", str(job.sessions_per_process)] if job.sessions_per_process else []

@@ -8,8 +8,10 @@ Any number of walkers may go through one plan at once, on one machine or many; e
 import argparse
 import gc
 import os
+import signal
 import sys
 import threading
+import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Collection
@@ -202,13 +204,15 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def watch_parent() -> None:
-    """Stop as by SIGTERM when the launcher is gone: its end of our stdin closes."""
+def watch_parent(grace_s: float) -> None:
+    """Stop as by SIGTERM when the launcher is gone: its end of our stdin closes; at last by force."""
 
     def wait() -> None:
         while os.read(0, 1):
             pass
         interrupt.ask_to_stop()
+        time.sleep(grace_s)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, name="parent", daemon=True).start()
 
@@ -224,9 +228,10 @@ def main() -> None:
     parser.add_argument("--most", type=int, help="sessions to train at most")
     parser.add_argument("--fail-fast", action="store_true", help="stop at the first session that fails")
     parser.add_argument("--told", type=int, help=argparse.SUPPRESS)  # a launcher's pipe
+    parser.add_argument("--grace", type=float, help=argparse.SUPPRESS)  # and what it gives to stop in
     given = parser.parse_args()
     if given.told is not None:
-        watch_parent()
+        watch_parent(given.grace)
 
     def told(place: int | None) -> None:
         if given.told is not None:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -52,9 +53,14 @@ def begin(*overrides: str, log: Path | None = None, **environment: str) -> "subp
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     if log is None:
         return subprocess.Popen(command(*overrides), env=env, text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE)  # fmt: skip
+                                stderr=subprocess.PIPE, preexec_fn=hear_ctrl_c)  # fmt: skip
     with log.open("a") as file:
         return subprocess.Popen(command(*overrides), env=env, text=True, stdout=file, stderr=file)
+
+
+def hear_ctrl_c() -> None:
+    """In a child: what was started in the background has SIGINT ignored, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def until(what: Callable[[], Any], limit_s: float = 60) -> Any:

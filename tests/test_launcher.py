@@ -206,6 +206,15 @@ def test_workers_stop_when_their_launcher_is_killed() -> None:
     assert all(epoch_of(folder) for folder in folders_of(Path("cut")).values())
 
 
+def test_a_worker_that_hangs_does_not_outlive_its_launcher(stranger: Stranger) -> None:
+    arms = stranger("time.sleep(600)", norm="stranger")
+    running = begin(*arms, "session=0,1", *ONE, SLOTS, "hydra.launcher.grace_s=1", "out=cut")
+    until(lambda: len(claimed(Path("cut"))) == 2)
+    running.kill()
+    running.communicate()
+    until(lambda: not workers_in(Path.cwd()))
+
+
 FULL = """
 import os, resource, signal, sys
 from normbench import cli, training

@@ -14,6 +14,7 @@ import pytest
 from conftest import Trainer
 from folders import NOBODY, claimed, many
 from rich.console import Console
+from rows import hear_ctrl_c
 
 from normbench import claim as claims
 from normbench import status, training
@@ -223,7 +224,9 @@ def test_watching_a_log_ends_with_the_sweep(template: Plan) -> None:
 def test_ctrl_c_ends_watching(template: Plan) -> None:
     plan = many(template, Path("out"), 2, kinds=["ok", "waiting"])
     command = [sys.executable, "-m", "normbench.status", str(plan.folder), "--watch", "60"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c
+    ) as watching:
         assert watching.stdout is not None and watching.stderr is not None
         assert watching.stdout.readline().endswith("Z  1 of 2 done, 1 to run; nothing runs\n")
         watching.send_signal(signal.SIGINT)
