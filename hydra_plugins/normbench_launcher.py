@@ -42,8 +42,11 @@ class LocalLauncher(Launcher):
             except ValueError as error:
                 raise Refused(str(error)) from error
 
-    def slots(self, sessions: int, plan: "Plan") -> list[str | None]:
-        """The CUDA device of each slot, None where sessions choose it; empty to run in this process."""
+    def slots(self, plan: "Plan") -> list[str | None]:
+        """The CUDA device of each slot, None where sessions choose it; empty to run in this process.
+
+        By the whole plan, not by what is left of it: what goes on must have the threads that it began with.
+        """
         from normbench import ranks
         from normbench.local import visible_devices
 
@@ -51,10 +54,13 @@ class LocalLauncher(Launcher):
             return []
         named = {str(arm.values["device"]) for arm in plan.arms}
         devices = visible_devices() if named <= {"auto", "cuda"} else []
-        wanted = self.n_jobs or (len(devices) if len(devices) > 1 else 0)
-        if sessions <= 1 or not wanted:
-            return []
-        return [devices[i % len(devices)] if devices else None for i in range(min(wanted, sessions))]
+        alone = 1 if self.timeout_min or self.sessions_per_process else 0  # what only a launcher can do
+        wanted = self.n_jobs or (len(devices) if len(devices) > 1 else alone)
+        if len(plan.sessions) == 1:
+            wanted = alone
+        return [
+            devices[i % len(devices)] if devices else None for i in range(min(wanted, len(plan.sessions)))
+        ]
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run each slice in turn."""
@@ -67,13 +73,13 @@ class LocalLauncher(Launcher):
             some = [
                 s for s in plan.sessions[part.first : part.last] if s.arm not in part.skip and plan.open(s)
             ]
-            devices = self.slots(len(some), plan)
+            devices = self.slots(plan)
             if not devices:
                 self.task(cfg)
                 continue
             job = local.Job(
-                plan, part.first, part.last, tuple(part.skip), part.code, cfg.fail_fast,
+                plan, part.first, part.last, tuple(part.skip), len(devices), part.code, cfg.fail_fast,
                 self.sessions_per_process, self.timeout_min, self.grace_s,
             )  # fmt: skip
-            local.run_slots(job, devices)
+            local.run_slots(job, devices[: max(1, len(some))])
         return [JobReturn(status=JobStatus.COMPLETED) for _ in job_overrides]

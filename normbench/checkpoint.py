@@ -9,13 +9,13 @@ import hashlib
 import io
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from normbench.doors import say
 from normbench.plan import write_whole
 from normbench.rules import Every
 
@@ -58,7 +58,7 @@ class Checkpoints:
         try:
             write(self.folder, body)
         except OSError as error:
-            print(f"no checkpoint in {self.folder}: {error.strerror}; training goes on", file=sys.stderr)
+            say(f"no checkpoint in {self.folder}: {error.strerror}; training goes on", error=True)
 
     def read(self) -> Body | None:
         """The newest whole one; None where there is none. What is damaged is said."""
@@ -69,12 +69,13 @@ class Checkpoints:
             except FileNotFoundError:
                 continue
             except (Damaged, OSError) as error:
-                print(f"{path} is passed over: {error}", file=sys.stderr)
+                say(f"{path} is passed over: {error}", error=True)
         return None
 
     def remove(self) -> None:
-        """A finished session needs none, nor what a kill left half written."""
-        for path in [*self.folder.glob(".checkpoint*"), self.folder / NEWEST, self.folder / BEFORE]:
+        """A finished session needs none, nor what a kill left half written: the hidden files."""
+        half = (path for path in self.folder.glob(".*") if not path.name.startswith((".claim-", ".now-")))
+        for path in [*half, self.folder / NEWEST, self.folder / BEFORE]:
             path.unlink(missing_ok=True)
 
 

@@ -76,7 +76,7 @@ class Claim:
             return False
         if self.machine == this_machine():
             if self.pid == os.getpid():
-                return self.path in hearts.paths
+                return self.path.absolute() in hearts.paths
             return runs(self.pid, self.born)
         mine = slurm_job()
         if self.job is not None and mine is not None and self.job[0] == mine[0] and self.job[1] < mine[1]:
@@ -94,9 +94,11 @@ class Claim:
             return time.time() - self.path.stat().st_mtime
 
     def held(self) -> None:
-        """Lost where another process has taken it over."""
-        if numbers(self.folder)[-1:] != [self.number]:
-            raise Lost(f"{self.folder} was taken over by another process")
+        """Lost where another process has taken it over, or the folder is gone."""
+        there = numbers(self.folder)
+        if there[-1:] != [self.number]:
+            how = "was taken over by another process" if there else "was removed while its session ran"
+            raise Lost(f"{self.folder} {how}")
 
     def release(self) -> None:
         """Give it up; the next to come may go on at once, on any machine."""
@@ -156,7 +158,7 @@ def make(claim: Claim) -> bool:
     except FileExistsError:
         return False
     finally:
-        os.unlink(name)
+        Path(name).unlink(missing_ok=True)
     return True
 
 
@@ -167,10 +169,13 @@ def holder(folder: Path) -> Claim | None:
         try:
             body = json.loads(path.read_text())
             job = None if body["job"] is None else (str(body["job"][0]), int(body["job"][1]))
-            return Claim(folder, number, **{**body, "job": job})
+            claim = Claim(folder, number, **{**body, "job": job})
+            if not (isinstance(claim.pid, int) and isinstance(claim.row, dict)):
+                raise TypeError
+            return claim
         except FileNotFoundError:
             continue
-        except (ValueError, KeyError, TypeError):  # not written to its end; dead when it stays so
+        except (OSError, ValueError, KeyError, TypeError):  # not written to its end; dead when it stays so
             return Claim(folder, number, "?", "?", 0, "", None, "", {})
     return None
 
@@ -241,14 +246,14 @@ class Hearts:
 
     def add(self, path: Path) -> None:
         """Begin to beat."""
-        self.paths.add(path)
+        self.paths.add(path.absolute())
         if self.thread is None or not self.thread.is_alive():
             self.thread = threading.Thread(target=self.beat, name="heartbeat", daemon=True)
             self.thread.start()
 
     def discard(self, path: Path) -> None:
         """Beat no more."""
-        self.paths.discard(path)
+        self.paths.discard(path.absolute())
 
     def beat(self) -> None:
         """Until the process ends."""

@@ -1,5 +1,6 @@
 """How every door refuses: one line on stderr and exit code 2, whatever a person or a disk got wrong."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +11,17 @@ from normbench import ranks
 from normbench.values import Refused
 
 RANK_0_SPEAKS_S = 10.0
+
+
+def say(line: str, error: bool = False) -> None:
+    """Print a line at once; where nobody reads any more, `| head` or a dropped line, go on in silence."""
+    stream = sys.stderr if error else sys.stdout
+    try:
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def refuse(door: str, line: str) -> NoReturn:

@@ -1,12 +1,12 @@
 """failure.json: what a session leaves that did not end, and how the next attempt is asked for."""
 
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from normbench.checkpoint import epoch_of
 from normbench.claim import Claim, holder
+from normbench.doors import line_of, say
 from normbench.plan import Plan, read_json, utc_now, write_json
 from normbench.results import COLUMNS
 from normbench.values import Refused
@@ -20,6 +20,15 @@ def write(folder: Path, row: Mapping[str, Any], status: str, error: str, traceba
     write_json(path, {**body, "traceback": traceback})
 
 
+def keep(held: Claim, status: str, error: str) -> None:
+    """Keep what became of a session that another process had, if the disk takes it, and say it."""
+    try:
+        write(held.folder, held.row, status, error, None)
+    except (OSError, Refused) as why:
+        error += f" (and failure.json cannot be written: {line_of(why)})"
+    say(f"{status}: {held.folder}: {error}", error=True)
+
+
 def write_killed(plan: Plan, first: int, last: int, gone: Callable[[Claim], bool], how: str) -> None:
     """Keep that a job is gone in the middle of a session of its slice; the next may go on at once."""
     for planned in plan.sessions[first:last]:
@@ -29,9 +38,8 @@ def write_killed(plan: Plan, first: int, last: int, gone: Callable[[Claim], bool
             continue
         epoch = epoch_of(folder)
         said = f"{how}; its checkpoint is of epoch {epoch}" if epoch else f"{how}; it has no checkpoint yet"
-        write(folder, held.row, "interrupted", said, None)
+        keep(held, "interrupted", said)
         held.release()
-        print(f"interrupted: {folder}: {said}", file=sys.stderr)
 
 
 def attempts(folder: Path) -> int:

@@ -64,7 +64,8 @@ def listening() -> Iterator[None]:
         if len(_asked) == 1 and ranks.first():
             said = f"{signal.Signals(signum).name}: stops after this step"
             again = "; Ctrl-C once more stops at once" if signum == signal.SIGINT else ""
-            os.write(2, f"{said}{again}\n".encode())
+            with contextlib.suppress(OSError):
+                os.write(2, f"{said}{again}\n".encode())
 
     try:
         with handled_by(note):

@@ -45,6 +45,7 @@ class Job:
         first: place in it to start at.
         last: place to stop before.
         skip: arms to pass over.
+        slots: among how many the machine is divided, also where fewer sessions are left than that.
         code: the hash of the code that every worker must run.
         fail_fast: stop everything at the first session that fails.
         sessions_per_process: a fresh process after so many sessions; None for one process to the end.
@@ -56,6 +57,7 @@ class Job:
     first: int
     last: int
     skip: Sequence[int]
+    slots: int
     code: str | None
     fail_fast: bool
     sessions_per_process: int | None
@@ -68,7 +70,7 @@ def run_slots(job: Job, devices: Sequence[str | None]) -> None:
 
     Raises: Interrupted — a signal came, every worker has stopped. FailedFast. Broken.
     """
-    slots = [Slot(job, device, len(devices)) for device in devices]
+    slots = [Slot(job, device) for device in devices]
     threads = [threading.Thread(target=slot.run, name=f"slot {i}") for i, slot in enumerate(slots)]
     asked, deadline = False, math.inf
     with signals() as got:
@@ -99,8 +101,8 @@ class Slot:
     `ended` is None while it works, then 0, or the exit code of a process that could not go on.
     """
 
-    def __init__(self, job: Job, device: str | None, slots: int) -> None:
-        self.job, self.device, self.slots = job, device, slots
+    def __init__(self, job: Job, device: str | None) -> None:
+        self.job, self.device = job, device
         self.process: subprocess.Popen[bytes] | None = None
         self.stopping = False
         self.ended: int | None = None
@@ -119,6 +121,8 @@ class Slot:
                 process.stdin.close()
             if place is not None and not timed_out:
                 self.write_down(place, process.pid, code)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it had started itself
             in_vain = 0 if place is not None or code == MORE else in_vain + 1
             if place is not None and self.job.fail_fast and code not in ORDERLY:
                 code = STOPPED
@@ -131,8 +135,8 @@ class Slot:
     def begin(self) -> "tuple[subprocess.Popen[bytes] | None, int]":
         """A new process and the pipe on which it says what it does; None when the slot is to stop."""
         job = self.job
-        environment = {**os.environ, SLOTS: str(self.slots)}
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // self.slots)))
+        environment = {**os.environ, SLOTS: str(job.slots)}
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // job.slots)))
         if self.device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self.device
         pipe, end = os.pipe()
@@ -184,9 +188,7 @@ class Slot:
         """The session has failed for time: said in its folder first, so that no other slot takes it up."""
         held = claims.holder(self.job.plan.session_folder(self.job.plan.sessions[place]))
         if held is not None and held.pid == process.pid:
-            said = f"timeout: not finished after {self.job.timeout_min:g} minutes"
-            failure.write(held.folder, held.row, "failed", said, None)
-            print(f"failed: {held.folder}: {said}", file=sys.stderr)
+            failure.keep(held, "failed", f"timeout: not finished after {self.job.timeout_min:g} minutes")
         process.terminate()
         try:
             process.wait(self.job.grace_s)
@@ -202,13 +204,14 @@ class Slot:
             return
         killed = code in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"the process ended with code {code}"
-        if code == -signal.SIGKILL:
+        if code == -signal.SIGKILL and self.stopping:
+            how = f"asked to stop, it did not within {self.job.grace_s:g} s"
+        elif code == -signal.SIGKILL:
             how += ": by the system when memory ran out, or by hand"
         epoch = epoch_of(folder)
         said = f"{how}; its checkpoint is of epoch {epoch}" if epoch else f"{how}; it has no checkpoint yet"
-        failure.write(folder, held.row, "interrupted" if killed else "failed", said, None)
+        failure.keep(held, "interrupted" if killed else "failed", said)
         held.release()
-        print(f"{'interrupted' if killed else 'failed'}: {folder}: {said}", file=sys.stderr)
 
     def stop(self, signum: int) -> None:
         """Start no process any more, and send the one there is a signal."""
@@ -229,7 +232,9 @@ def signals() -> Iterator[list[int]]:
     def note(signum: int, frame: FrameType | None) -> None:
         got.append(signum)
         if len(got) == 1:
-            os.write(2, f"{signal.Signals(signum).name}: the workers write checkpoints and stop\n".encode())
+            said = f"{signal.Signals(signum).name}: the workers write checkpoints and stop\n"
+            with contextlib.suppress(OSError):
+                os.write(2, said.encode())
 
     with handled_by(note):
         yield got

@@ -17,7 +17,7 @@ from typing import Any
 from normbench.checkpoint import epoch_of
 from normbench.claim import Claim, holder
 from normbench.identity import short_names
-from normbench.plan import Plan, read_json
+from normbench.plan import Plan, failure_in
 from normbench.results import folders_in, row_from, session_names
 from normbench.values import Refused
 
@@ -226,7 +226,7 @@ def place(arm: Arm, session: str, folder: str, settled: bool) -> int | None:
         if claim is not None and claim.alive:
             arm.running.append(Running(session, claim, claim.silent_s(), Reached.of(folder), None))
             return None
-        failure = read_json(Path(folder, "failure.json")) if "failure.json" in names else {}
+        failure = failure_in(Path(folder)) if "failure.json" in names else {}
         row = row_from(folder, "failure.json") if failure else None
     except FileNotFoundError:  # it ended, or went away, while we looked
         if os.path.isdir(folder):
@@ -262,7 +262,10 @@ def with_part(running: Running, steps: int | None) -> Running:
 
 def session_time(finished: Sequence[str], running: Sequence[Running]) -> float | None:
     """Seconds that a session takes; those that diverged ended early and say nothing."""
-    rows: list[Mapping[str, Any]] = [row for f in finished if (row := row_from(f, "session.json"))]
+    rows: list[Mapping[str, Any]] = []
+    for folder in finished:
+        with contextlib.suppress(Refused):  # damaged; `results` says so
+            rows += [row] if (row := row_from(folder, "session.json")) else []
     took = [float(row["total_time_s"]) for row in rows if row["status"] == "ok" and row["total_time_s"]]
     took = took or [r.reached.trained_s / r.part for r in running if r.part]
     return statistics.fmean(took) if took else None

@@ -7,7 +7,7 @@ import random
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +61,7 @@ class Plan:
     study: str
     arms: Sequence[Arm]
     sessions: Sequence[Planned]
+    where: Path | None = field(default=None, compare=False)  # where it was read, if that is not below `out`
 
     @classmethod
     def interleaved(
@@ -78,8 +79,8 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """`<out>/<study>`."""
-        return Path(self.arms[0].values["out"]) / self.study
+        """`<out>/<study>`; of a plan that was read elsewhere, where its file lies."""
+        return self.where or Path(self.arms[0].values["out"]) / self.study
 
     def session_folder(self, planned: Planned) -> Path:
         """`<out>/<study>/<setting>/s<session>`, with the seed in front where it is not 0."""
@@ -98,7 +99,7 @@ class Plan:
     def failure(self, planned: Planned) -> dict[str, Any] | None:
         """What an attempt left that ended in an error or was killed, unless it is to be run again."""
         try:
-            body: dict[str, Any] = read_json(self.session_folder(planned) / "failure.json")
+            body = failure_in(self.session_folder(planned))
         except FileNotFoundError:
             return None
         return None if body.get("again") else body
@@ -167,7 +168,10 @@ class Plan:
         body = read_json(path)
         try:
             arms = [Arm(**arm) for arm in body["arms"]]
-            return cls(body["study"], arms, [Planned(**session) for session in body["sessions"]])
+            sessions = [Planned(**session) for session in body["sessions"]]
+            plan = cls(body["study"], arms, sessions)
+            here = plan.folder.resolve() == path.parent.resolve()
+            return plan if here else replace(plan, where=path.parent)
         except (KeyError, TypeError) as error:
             raise Refused(f"{path} is no plan; remove it to make it again") from error
 
@@ -176,6 +180,15 @@ class Plan:
         """The plan in `folder` that a command meant last, if there is one."""
         plans = sorted(folder.glob("plan-*.json"), key=lambda path: path.stat().st_mtime_ns)
         return cls.read(plans[-1]) if plans else None
+
+
+def failure_in(folder: Path) -> dict[str, Any]:
+    """A session's failure.json; Refused where it is damaged."""
+    path = folder / "failure.json"
+    body: dict[str, Any] = read_json(path)
+    if not (isinstance(body, dict) and isinstance(body.get("row"), dict) and body["row"].get("status")):
+        raise Refused(f"{path} is damaged; remove it to run the session again")
+    return body
 
 
 def hash_of_text(text: str) -> str | None:
@@ -216,6 +229,10 @@ def write_whole(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        error.filename = error.filename or str(path)
+        raise
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

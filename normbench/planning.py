@@ -26,6 +26,8 @@ def make_plan(composer: Composer, master: DictConfig, arguments: Sequence[str]) 
     for key in typed:
         if key.startswith("plan."):
             raise Refused(f"{key} is filled in by normbench; leave it out")
+        if key in ("out", *COMMAND_KEYS) and typed[key].is_sweep_override():
+            raise Refused(f"{key} is one for all sessions of a command and cannot be swept")
         if key.startswith("study") and typed[key].is_sweep_override():
             raise Refused(f"{key} cannot be swept; run one study per command")
     chosen = master.hydra.runtime.choices.get("study")

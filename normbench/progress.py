@@ -7,6 +7,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from normbench.doors import say
 from normbench.results import EpochRow
 
 
@@ -44,7 +45,7 @@ class SessionProgress:
         self.bar.advance(self.task, steps)
         if self.quiet:
             return
-        print(f"{self.title}: goes on from step {steps}/{self.total_steps}", flush=True)
+        say(f"{self.title}: goes on from step {steps}/{self.total_steps}")
 
     def step(self, images: int) -> None:
         """One update is done, on so many images; costs a counter, and the bar's text twice a second."""
@@ -66,4 +67,4 @@ class SessionProgress:
         if not self.console.is_terminal and not self.quiet:
             at = f"{self.title}  epoch {row.epoch}  step {row.step}/{self.total_steps}"
             rate = "" if row.images_per_s is None else f"  {row.images_per_s:,.0f} images/s"
-            print(f"{at}  {self.losses}{rate}", flush=True)
+            say(f"{at}  {self.losses}{rate}")

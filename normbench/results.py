@@ -249,10 +249,19 @@ def entry_of(folder: str, known: Entry | None) -> Entry | None:
     return Entry(*seen, order, str(row["started_at"] or ""), line.getvalue())
 
 
-def entries(study: Path, known: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The line of every session that was started, by its folder."""
-    found = ((name, entry_of(f"{study}/{name}", known.get(name))) for name in session_names(study))
-    return {name: entry for name, entry in found if entry is not None}
+def entries(study: Path, known: Mapping[str, Entry], damaged: list[str]) -> dict[str, Entry]:
+    """The line of every session that was started, by its folder; what cannot be read goes to `damaged`."""
+    found, said = {}, []
+    for name in session_names(study):
+        try:
+            entry = entry_of(f"{study}/{name}", known.get(name))
+        except Refused as refused:
+            said.append(str(refused))
+            continue
+        if entry is not None:
+            found[name] = entry
+    damaged[:] = said
+    return found
 
 
 def rebuild(study: Path) -> Path:
@@ -265,21 +274,26 @@ def update(study: Path, fresh: bool = False) -> int:
     """Write results.csv from the session folders; how many rows it has. `fresh` reads every session again.
 
     Whoever ends a session does this after it. One at a time, the last has seen all that ended before; where
-    the file system has no locks, each looks again after it has written.
+    the file system has no locks, each looks again after it has written. Refused, after all that can be read
+    has been written, where a session's file is damaged.
     """
+    damaged: list[str] = []
     study.mkdir(parents=True, exist_ok=True)
     with turn(study) as alone:
         known = {} if fresh else read_cache(study)
-        found = entries(study, known)
+        found = entries(study, known, damaged)
         while True:
             write_table(study / "results.csv", found)
-            again = found if alone else entries(study, found)
+            again = found if alone else entries(study, found, damaged)
             if again == found:
                 break
             found = again
         read = sum(known.get(name) is not entry for name, entry in found.items())
         if read > len(known) // 100:  # to read so few again costs less than to write the cache
             write_cache(study, found)
+    if damaged:
+        others = f" (and {len(damaged) - 1} more like it)" if len(damaged) > 1 else ""
+        raise Refused(damaged[0] + others)
     return len(found)
 
 

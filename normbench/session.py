@@ -5,7 +5,6 @@ import io
 import json
 import os
 import platform
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from normbench.checkpoint import Checkpoints
 from normbench.claim import Claim
 from normbench.config import Config, norm_that_runs
 from normbench.course import Course
+from normbench.doors import say
 from normbench.failure import last_line
 from normbench.identity import short_names
 from normbench.manifest import idle_options, never_moved
@@ -54,7 +54,7 @@ def run_session(
                 # other code wrote it, of other tensors
                 why = f"its checkpoint does not fit ({last_line(error)}); starts again"
                 if claim:
-                    print(f"{folder}: {why}", file=sys.stderr)
+                    say(f"{folder}: {why}", error=True)
                 start(ready, seeds)
         with (
             contextlib.closing(
@@ -91,7 +91,7 @@ def run_session(
         checkpoints.remove()
     paid = "no whole epoch" if row["epoch_time_s"] is None else f"{row['epoch_time_s']:.3f} s an epoch"
     accuracy = f"test_acc {outcome.reported.test_acc:.4f}, {paid}"
-    print(f"{title}: {outcome.status}, {accuracy}, row in {folder / 'session.json'}", flush=True)
+    say(f"{title}: {outcome.status}, {accuracy}, row in {folder / 'session.json'}")
 
 
 def started(plan: Plan, planned: Planned, started_at: str) -> Row:

@@ -1,20 +1,21 @@
 """From a command through its plan: checks what it means to run, launches what is missing, gathers rows."""
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
 from normbench import claim as claims
 from normbench import ranks
-from normbench.checkpoint import epoch_of
+from normbench.checkpoint import Checkpoints, epoch_of
 from normbench.code import code_hash
 from normbench.config import Composer
+from normbench.doors import line_of, say
 from normbench.interrupt import Interrupted
 from normbench.plan import Plan, Planned
 from normbench.planning import COMMAND_KEYS, make_plan
@@ -38,14 +39,15 @@ def sweep(composer: Composer, launcher: Launcher, master: DictConfig, arguments:
         return
     asked = Asked.of(master, plan)
     plan.check_folders()
+    tidy(plan)
     looks = looks_of(plan) if asked.stop_when_decided else None
     progress = Progress.of(plan, asked.retry_failed, looks)
-    here = runs_here(launcher, len(progress.todo), plan)
+    here = runs_here(launcher, plan)
     if ranks.size() > 1 and not here:
         raise Refused("hydra.launcher starts processes of its own, and torchrun has; leave it out")
     if progress.todo:
         check_arms(plan, {s.arm: s for s in progress.todo}.values(), here)
-    print(progress.line, file=asked.stream, flush=True)
+    say(progress.line, error=asked.commands_only)
     plan.write()
     for planned in progress.todo:
         plan.run_again(planned)
@@ -54,7 +56,7 @@ def sweep(composer: Composer, launcher: Launcher, master: DictConfig, arguments:
             for wave in [Wave(0, len(plan.sessions))] if looks is None else waves(plan, looks, asked.margin):
                 launch(launcher, asked, plan, wave)
     except FailedFast:
-        print("stopped at the first failure", file=sys.stderr)
+        say("stopped at the first failure", error=True)
     except (KeyboardInterrupt, Interrupted):
         gather(plan)
         raise
@@ -75,7 +77,7 @@ class Asked:
             where the launcher takes the whole plan as one job.
         margin: with it, the difference in test accuracy that counts as none, like 0.01 or 2%.
         wait: False where the launcher submits and returns.
-        stream: where the sweep's own words go.
+        commands_only: nothing but the launcher's words on standard output.
     """
 
     retry_failed: bool
@@ -84,7 +86,7 @@ class Asked:
     margin: str | None
     sessions_per_job: int | None
     wait: bool
-    stream: TextIO
+    commands_only: bool
 
     @classmethod
     def of(cls, master: DictConfig, plan: Plan) -> "Asked":
@@ -109,8 +111,9 @@ class Asked:
         if flags["stop_when_decided"] and len(plan.arms) < 2:
             raise Refused("stop_when_decided=true compares arms, and this command has one; give it two norms")
         per_job = 0 if chosen in ("local", "basic") else per_job
-        stream = sys.stderr if chosen == "commands" else sys.stdout
-        return cls(**flags, margin=margin, sessions_per_job=per_job, wait=wait, stream=stream)
+        return cls(
+            **flags, margin=margin, sessions_per_job=per_job, wait=wait, commands_only=chosen == "commands"
+        )
 
 
 def on_cuda(plan: Plan) -> bool:
@@ -199,14 +202,13 @@ class Progress:
 
 def quoted(path: Path) -> str:
     """A path as a value in Hydra's grammar."""
-    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"
+    return QuotedString(text=str(path), quote=Quote.single).with_quotes()
 
 
-def runs_here(launcher: Launcher, sessions: int, plan: Plan) -> bool:
-    """Whether so many sessions run in this process; by name: Hydra loads plugins as their own modules."""
+def runs_here(launcher: Launcher, plan: Plan) -> bool:
+    """Whether sessions run in this process; by name: Hydra loads plugins as their own modules."""
     if type(launcher).__name__ == "LocalLauncher":
-        return len(launcher.slots(sessions, plan)) == 0  # type: ignore[attr-defined]
+        return len(launcher.slots(plan)) == 0  # type: ignore[attr-defined]
     return type(launcher).__name__ == "BasicLauncher"
 
 
@@ -233,32 +235,53 @@ def gather(plan: Plan) -> None:
     from normbench.results import rebuild
 
     try:
-        print(f"results: {rebuild(plan.folder)}", flush=True)
-    except OSError as error:
-        why = f"{error.strerror}; python -m normbench.results {plan.folder} makes it anew"
-        print(f"results.csv is not up to date: {why}", file=sys.stderr)
+        say(f"results: {rebuild(plan.folder)}")
+    except (OSError, Refused) as error:
+        say(f"results.csv is not whole: {line_of(error)}", error=True)
+
+
+def tidy(plan: Plan) -> None:
+    """Take away what processes left that were killed between a session's end and their own."""
+    for planned in plan.sessions:
+        folder = plan.session_folder(planned)
+        if plan.finished(planned) and (held := claims.holder(folder)) is not None and not held.alive:
+            if not plan.arms[planned.arm].values["checkpoint"]["keep"]:
+                Checkpoints(folder, None).remove()
+            (folder / "failure.json").unlink(missing_ok=True)
+            held.remove()
 
 
 def report(plan: Plan, meant: Sequence[Planned], looks: "Looks | None") -> None:
-    """SweepFailed names the sessions that failed, and counts those that were meant to run and did not end."""
-    stopped = settled(plan, looks)
-    failed = [plan.session_folder(s) for s in plan.sessions if not plan.finished(s) and plan.failure(s)]
-    elsewhere, left = [], 0
-    for planned in meant:
-        if plan.open(planned) and planned.arm not in stopped:
-            held = claims.holder(plan.session_folder(planned))
-            elsewhere += [held] if held is not None and held.alive else []
-            left += held is None or not held.alive
-    if elsewhere:
-        hosts = ", ".join(sorted({held.host for held in elsewhere}))
-        print(f"{count(len(elsewhere), 'session')} running in other processes ({hosts})")
-    if failed or left:
-        from normbench.results import failure_line
+    """SweepFailed names the sessions that failed, and those that were meant to run and did not end."""
+    from normbench.results import failure_line
 
-        lines = [f"  {failure_line(folder)}" for folder in failed]
-        lines += [f"  {count(left, 'session')} not ended; the same command goes on from here"] if left else []
-        first = f"{len(failed)} of {len(plan.sessions)} sessions failed"
-        raise SweepFailed("\n".join([first + (":" if lines else ""), *lines]))
+    stopped, ours = settled(plan, looks), {planned.launch_order for planned in meant}
+    failed: list[str] = []
+    cut: list[str] = []
+    elsewhere: list[str] = []
+    for planned in plan.sessions:
+        folder = plan.session_folder(planned)
+        if plan.finished(planned) or planned.arm in stopped:
+            continue
+        if failure := plan.failure(planned):
+            (failed if failure["row"]["status"] == "failed" else cut).append(failure_line(folder))
+        elif planned.launch_order in ours:
+            held = claims.holder(folder)
+            if held is not None and held.alive:
+                elsewhere.append(f"  {folder}: runs on {held.host}")
+            else:
+                cut.append(failure_line(folder))
+    if elsewhere:
+        say("\n".join([f"{count(len(elsewhere), 'session')} running in other processes:", *elsewhere]))
+    lines = []
+    for what, found in (("failed:", failed), ("not ended; the same command goes on from here:", cut)):
+        if found:
+            lines += [
+                f"{len(found)} of {len(plan.sessions)} sessions {what}",
+                *(f"  {line}" for line in found),
+            ]
+    if lines:
+        raise SweepFailed("\n".join(lines))
 
 
 def job(cfg: DictConfig) -> None:

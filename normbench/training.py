@@ -63,6 +63,7 @@ def prepare(config: Config) -> Prepared:
     machine.use_threads(config.threads)
     optim = config.optim
     data = load_data(config)
+    interrupt.obey()
     model = build(config).to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -127,6 +128,7 @@ def look(ready: Prepared) -> None:
 
     layers = norm_layers_of(ready.model)
     ready.observation = observe(ready.model, layers, lambda: train_step(ready, x, y), eval_step)
+    interrupt.obey()
     unused = any(p.requires_grad and p.grad is None for p in ready.model.parameters())
     start(ready, seeds)
     ready.observation.idle = idle_options(ready.config.norm, ready.observation.layers)
@@ -188,6 +190,7 @@ def warm_up(ready: Prepared, seeds: Seeds) -> None:
     start(ready, seeds)
     batches = ready.data.train.batches(seeds, epoch=1)
     for step, (x, y) in enumerate(itertools.islice(batches, WARMUP_STEPS)):
+        interrupt.obey()
         ready.schedule.apply(ready.optimizer, step)
         train_step(ready, x, y)
 

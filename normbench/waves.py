@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normbench.claim import running
+from normbench.doors import say
 from normbench.identity import short_names
-from normbench.plan import Plan
+from normbench.plan import Plan, Planned
 
 if TYPE_CHECKING:
     from normbench.stats.sequential import Looks
@@ -41,6 +41,12 @@ def looks_of(plan: Plan) -> "Looks":
     return Looks.read(path) if path.is_file() else Looks(len(plan.sessions) // len(plan.arms), ())
 
 
+def lacks(plan: Plan, planned: Planned) -> bool:
+    """Whether a session may still end: it is neither finished nor failed."""
+    failure = plan.failure(planned)
+    return not plan.finished(planned) and (failure is None or failure["row"]["status"] == "interrupted")
+
+
 def settled(plan: Plan, looks: "Looks | None") -> set[int]:
     """The arms that need no more sessions; all of them when only the baseline is left."""
     if looks is None:
@@ -60,6 +66,8 @@ def waves(plan: Plan, looks: "Looks", margin: str | None) -> Iterator["Wave"]:
     from normbench.stats.stopping import decided
 
     block, planned = len(plan.arms), looks.planned
+    if looks.at:  # what failed since, and is to run again
+        yield Wave(0, block * looks.at[-1], sorted(settled(plan, looks)))
     margins = {"test_acc": Margin.of(margin, "margin")} if margin else {}
     for done in Looks.every(LOOK_EVERY, planned, planned).at:
         if done in looks.at:
@@ -69,8 +77,8 @@ def waves(plan: Plan, looks: "Looks", margin: str | None) -> Iterator["Wave"]:
         if len(wave.skip) == block:
             return
         yield wave
-        if any(running(plan.session_folder(s)) for s in plan.sessions[wave.first : wave.last]):
-            print("other processes run sessions of this wave; give the command again when they have ended")
+        if any(s.arm not in wave.skip and lacks(plan, s) for s in plan.sessions[: wave.last]):
+            say(f"no look after {done} sessions yet: some are interrupted, or run in other processes")
             return
         rebuild(plan.folder)
         decision = decided(plan.folder, Looks(planned, (*looks.at, done), looks.stopped), margins=margins)
@@ -79,4 +87,4 @@ def waves(plan: Plan, looks: "Looks", margin: str | None) -> Iterator["Wave"]:
         looks.write(looks_path(plan))
         names = short_names({arm.setting: arm.arm for arm in plan.arms})
         verdicts = ", ".join(f"{names[setting]} {verdict}" for setting, verdict in decision.settled.items())
-        print(f"look after {done} of {planned} sessions: {verdicts or 'nothing is settled'}", flush=True)
+        say(f"look after {done} of {planned} sessions: {verdicts or 'nothing is settled'}")

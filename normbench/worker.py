@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from normbench import claim as claims
 from normbench import failure, interrupt, ranks
 from normbench.code import check_code
-from normbench.doors import one_line_errors
+from normbench.doors import line_of, one_line_errors, say
 from normbench.interrupt import Interrupted
 from normbench.plan import Plan, Planned, utc_now, write_whole
 from normbench.results import Row
@@ -89,7 +89,7 @@ def train_one(
     try:
         claim = claims.take(folder, session.started(plan, planned, started_at))
     except OSError as error:  # a full disk, a folder that is not ours
-        print(f"failed: {folder}: cannot be claimed: {error.strerror}", file=sys.stderr)
+        say(f"failed: {folder}: cannot be claimed: {error.strerror}", error=True)
         return False
     if claim is None:
         return False
@@ -107,10 +107,10 @@ def train_one(
                 ready = ready_for(plan, planned, prepared)
                 session.run_session(ready, plan.config(planned), plan, planned, started_at, claim)
         except claims.Lost as lost:
-            print(lost, file=sys.stderr)
+            say(str(lost), error=True)
             if ranks.size() > 1:
                 raise FailedFast from lost
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             prepared.pop(planned.arm, None)
             if failure.attempts(folder) == attempts:  # else another rank has said why
                 write_down(folder, session.started(plan, planned, started_at), error)
@@ -121,7 +121,8 @@ def train_one(
         told(None)
         return True
     except Interrupted as stopped:
-        print(f"{folder}: {stopped}; the same command goes on from here", file=sys.stderr)
+        if plan.open(planned):  # else its time was up, and the launcher has said so
+            say(f"{folder}: {stopped}; the same command goes on from here", error=True)
         raise
     finally:
         claim.release()
@@ -153,7 +154,7 @@ def follow(cuda: bool) -> None:
                     prepared.pop(planned.arm, None)
                 ready = ready_for(plan, planned, prepared)
                 session.run_session(ready, plan.config(planned), plan, planned, started_at, None)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 if failure.attempts(folder) == attempts and not ranks.lost_one(error):
                     write_down(folder, session.started(plan, planned, started_at), error)
                 sys.exit(1)
@@ -161,7 +162,7 @@ def follow(cuda: bool) -> None:
     ranks.part()
 
 
-def write_down(folder: Path, row: Row, error: Exception) -> None:
+def write_down(folder: Path, row: Row, error: BaseException) -> None:
     """Keep a failure in its session's folder, if the disk takes it, and say it.
 
     Where another rank was killed the session is interrupted: the same command goes on with it.
@@ -172,9 +173,9 @@ def write_down(folder: Path, row: Row, error: Exception) -> None:
     said += f" (rank {ranks.rank()})" if ranks.rank() else ""
     try:
         failure.write(folder, row, status, said, traceback.format_exc())
-    except OSError as full:
-        said += f" (and failure.json cannot be written: {full.strerror})"
-    print(f"{status}: {folder}: {said}", file=sys.stderr)
+    except (OSError, Refused) as why:
+        said += f" (and failure.json cannot be written: {line_of(why)})"
+    say(f"{status}: {folder}: {said}", error=True)
 
 
 def is_ready(plan: Plan, planned: Planned, prepared: "OrderedDict[int, Prepared]") -> bool:

@@ -114,6 +114,7 @@ def test_a_fresh_process_after_so_many_sessions(train: Trainer, monkeypatch: pyt
         ("os.kill(os.getpid(), signal.SIGKILL)", "interrupted: killed by SIGKILL: by the system when memory"),
         ("os._exit(7)", "failed: the process ended with code 7"),
         ("raise MemoryError", "failed: MemoryError"),
+        ("raise SystemExit(0)", "failed: SystemExit"),
     ],
 )
 def test_a_crash_harms_no_other_session(train: Trainer, stranger: Stranger, does: str, says: str) -> None:
@@ -389,3 +390,107 @@ def test_one_session_or_a_named_device_takes_no_slots(
     for overrides in (["session=0", "out=one"], ["session=0,1", "device=cpu", "out=named"]):
         plan = train(*overrides, *ONE)
         assert set(pd.read_csv(plan.folder / "results.csv")["slots"]) == {1}
+
+
+def test_what_a_looked_at_wave_lacks_is_run_before_the_next(
+    train: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ["norm=obn,nn", "session=range(10)", *ONE, "stop_when_decided=true", "margin=0.0001"]
+    plan = train(*sweep)
+    folder = plan.session_folder(next(s for s in plan.sessions if s.session == 2))
+    (folder / "session.json").unlink()
+    capsys.readouterr()
+    train(*sweep)
+    assert "19 of 20 done, 1 interrupted" in capsys.readouterr().out
+    assert (folder / "session.json").is_file()
+
+
+def test_no_look_while_a_session_runs_elsewhere(train: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = ["norm=obn,nn", "session=range(6)", *ONE, "stop_when_decided=true"]
+    first = train("norm=obn,nn", "session=0", *ONE)
+    held = claims.take(first.folder / first.arms[0].setting / "s1", {})
+    assert held is not None
+    plan = train(*sweep, fails=1)
+    said = capsys.readouterr().out
+    assert "no look after 5 sessions yet" in said and "1 session running in other processes" not in said
+    assert rows_in(plan) == 9 and not list(plan.folder.glob("looks-*"))
+    held.release()
+    assert rows_in(train(*sweep)) == 12 and list(plan.folder.glob("looks-*"))
+
+
+@pytest.mark.parametrize("extra", [[], [SLOTS]], ids=["here", "slots"])
+def test_nobody_has_to_read_what_a_sweep_says(extra: list[str]) -> None:
+    sweep = begin("session=0,1", *ONE, *extra)
+    assert sweep.stdout is not None and sweep.stderr is not None
+    sweep.stdout.close()
+    errors = sweep.stderr.read()
+    sweep.stderr.close()
+    assert sweep.wait(120) == 0, errors
+    assert len(list(Path("outputs").rglob("session.json"))) == 2
+
+
+def test_what_is_left_of_a_sweep_has_the_threads_it_began_with(train: Trainer) -> None:
+    sweep = ["session=0,1", *(o for o in ONE if o != "threads=1"), SLOTS]
+    plan = train(*sweep)
+    before = pd.read_csv(plan.folder / "results.csv")
+    (plan.session_folder(plan.sessions[1]) / "session.json").unlink()
+    after = pd.read_csv(train(*sweep).folder / "results.csv")
+    same = ["session", "threads", "slots", "train_loss", "test_acc"]
+    assert after[same].equals(before[same]) and set(after["slots"]) == {2}
+
+
+def test_leftovers_of_a_kill_after_the_end_are_taken_away(train: Trainer) -> None:
+    plan = train("session=0", *ONE)
+    folder = plan.session_folder(plan.sessions[0])
+    left = claims.take(folder, {})
+    assert left is not None
+    left.release()
+    for name in (NEWEST, "..checkpoint-coming-x1", "failure.json"):
+        (folder / name).write_text("{}")
+    before = (folder / "session.json").read_bytes()
+    train("session=0", *ONE)
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "epochs.csv", "session.json"}
+    assert (folder / "session.json").read_bytes() == before
+
+
+def test_damaged_files_are_named_in_a_line_and_cost_no_other_row(
+    train: Trainer, refusal: Callable[..., str]
+) -> None:
+    sweep = ["session=0,1", *ONE]
+    plan = train(*sweep)
+    folder = plan.session_folder(plan.sessions[0])
+    whole = (folder / "session.json").read_text()
+    (folder / "session.json").write_text(whole[:100])
+    done = subprocess.run(command(*sweep), capture_output=True, text=True)
+    assert f"{folder}/session.json is damaged" in done.stderr and "Traceback" not in done.stderr
+    assert rows_in(plan) == 1
+    (folder / "session.json").unlink()
+    for body in ("[]", '{"row": null}', '{"row": {}}', "{"):
+        (folder / "failure.json").write_text(body)
+        assert f"{folder.relative_to('outputs')}/failure.json is damaged" in refusal(*sweep)
+    (folder / "failure.json").unlink()
+    (folder / "claim-1.json").write_text('{"pid": "abc"}')
+    os.utime(folder / "claim-1.json", (0, 0))
+    assert rows_in(train(*sweep)) == 2
+
+
+def test_a_worker_finds_its_sessions_from_anywhere(train: Trainer) -> None:
+    plan = train("session=0,1", *ONE)
+    (plan.session_folder(plan.sessions[1]) / "session.json").unlink()
+    words = [sys.executable, "-m", "normbench.worker", str(plan.path.resolve())]
+    Path("elsewhere").mkdir()
+    done = subprocess.run(words, cwd="elsewhere", capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count(": ok, ") == 1, done.stderr
+    assert plan.finished(plan.sessions[1]) and not list(Path("elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("out", ["back\\slash", "it's", "a,b", "ü ñ", "a=b", "trailing\\"])
+def test_any_folder_name_will_do(train: Trainer, out: str) -> None:
+    words = out.replace("\\", "\\\\") if out.endswith("\\") else out
+    quoted = words.replace("'", "\\'")
+    plan = train("session=0", *ONE, f"out='{quoted}'")
+    assert plan.folder == Path(out, "adhoc") and rows_in(plan) == 1
+
+
+def test_out_cannot_be_swept(refusal: Callable[..., str]) -> None:
+    assert "out is one for all sessions of a command and cannot be swept" in refusal("out=a,b")
