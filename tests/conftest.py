@@ -101,5 +101,14 @@ def template(train: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What trains for minutes starts first, so that no worker waits for it at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """What trains for minutes starts first, half of it in each of two workers, which begin at the first and
+    at the middle item; the cluster's tests share one cluster."""
+
+    def halves(some: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
+        return some[::2], some[1::2]
+
+    cluster = [item for item in items if item.get_closest_marker("slurm")]
+    slow = [item for item in items if item.get_closest_marker("slow") and item not in cluster]
+    fast = [item for item in items if not item.get_closest_marker("slow")]
+    first, second = zip(halves(slow), halves(fast), strict=True)
+    items[:] = [*cluster, *first[0], *first[1], *second[0], *second[1]]
