@@ -61,8 +61,10 @@ def sweep(composer: Composer, launcher: Launcher, master: DictConfig, arguments:
         gather(plan)
         raise
     if asked.wait:
-        gather(plan)
+        damaged = gather(plan)
         report(plan, progress.todo, looks_of(plan) if asked.stop_when_decided else None)
+        if damaged:
+            raise damaged
 
 
 @dataclass(frozen=True)
@@ -230,14 +232,17 @@ def count(number: int, thing: str) -> str:
     return f"{number} {thing}" + ("s" if number != 1 else "")
 
 
-def gather(plan: Plan) -> None:
-    """Rebuild results.csv and say where it is, or what kept it from being written."""
+def gather(plan: Plan) -> Refused | None:
+    """Rebuild results.csv and say where it is, or why it is not up to date; what is damaged, if a file is."""
     from normbench.results import rebuild
 
     try:
         say(f"results: {rebuild(plan.folder)}")
-    except (OSError, Refused) as error:
-        say(f"results.csv is not whole: {line_of(error)}", error=True)
+    except OSError as error:
+        say(f"results.csv is not up to date: {line_of(error)}", error=True)
+    except Refused as damaged:
+        return damaged
+    return None
 
 
 def tidy(plan: Plan) -> None:

@@ -210,7 +210,7 @@ def test_a_signal_stops_everything_with_checkpoints(train: Trainer, signum: int,
 @pytest.mark.slow
 def test_workers_stop_when_their_launcher_is_killed() -> None:
     running = begin("session=0,1", *LONG, SLOTS, "out=cut")
-    until(lambda: len(claimed(Path("cut"))) == 2)
+    until(lambda: len(list(Path("cut").rglob(NEWEST))) == 2)
     running.kill()
     running.communicate()
     until(lambda: not workers_in(Path.cwd()))
