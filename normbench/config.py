@@ -191,7 +191,7 @@ class Composer:
             if key not in known:
                 raise Refused(unknown_key(key, known))
             if key not in given:
-                raise Refused(f"{key} was deleted; every key of conf/ must keep a value")
+                raise Refused(f"{key} was deleted or left out; every key of conf/ must keep a value")
             check_value(key, given[key], known[key])
 
 

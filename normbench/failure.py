@@ -7,7 +7,7 @@ from typing import Any
 from normbench.checkpoint import epoch_of
 from normbench.claim import Claim, holder
 from normbench.doors import line_of, say
-from normbench.plan import Plan, read_json, utc_now, write_json
+from normbench.plan import Plan, failure_in, utc_now, write_json
 from normbench.results import COLUMNS
 from normbench.values import Refused
 
@@ -29,6 +29,14 @@ def keep(held: Claim, status: str, error: str) -> None:
     say(f"{status}: {held.folder}: {error}", error=True)
 
 
+def keep_killed(held: Claim, status: str, how: str) -> None:
+    """Keep that a process died in the middle of a session, and let the next to come take it at once."""
+    epoch = epoch_of(held.folder)
+    where = f"its checkpoint is of epoch {epoch}" if epoch else "it has no checkpoint yet"
+    keep(held, status, f"{how}; {where}")
+    held.release()
+
+
 def write_killed(plan: Plan, first: int, last: int, gone: Callable[[Claim], bool], how: str) -> None:
     """Keep that a job is gone in the middle of a session of its slice; the next may go on at once."""
     for planned in plan.sessions[first:last]:
@@ -36,16 +44,15 @@ def write_killed(plan: Plan, first: int, last: int, gone: Callable[[Claim], bool
         held = holder(folder)
         if held is None or held.released or not plan.open(planned) or not gone(held):
             continue
-        epoch = epoch_of(folder)
-        said = f"{how}; its checkpoint is of epoch {epoch}" if epoch else f"{how}; it has no checkpoint yet"
-        keep(held, "interrupted", said)
-        held.release()
+        keep_killed(held, "interrupted", how)
 
 
 def attempts(folder: Path) -> int:
     """How many attempts have failed so far."""
-    path = folder / "failure.json"
-    return int(read_json(path).get("attempt", 0)) if path.is_file() else 0
+    try:
+        return int(failure_in(folder).get("attempt", 0))
+    except FileNotFoundError:
+        return 0
 
 
 def last_line(error: BaseException) -> str:

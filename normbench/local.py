@@ -22,7 +22,6 @@ from types import FrameType
 
 from normbench import claim as claims
 from normbench import failure
-from normbench.checkpoint import epoch_of
 from normbench.device import SLOTS, cores
 from normbench.interrupt import SIGNALS, Interrupted, handled_by
 from normbench.plan import Plan
@@ -141,13 +140,8 @@ class Slot:
             environment["CUDA_VISIBLE_DEVICES"] = self.device
         pipe, end = os.pipe()
         words = [sys.executable, "-m", "normbench.worker", str(job.plan.path), str(job.first), str(job.last)]
-        words += [
-            "--told",
-            str(end),
-            "--grace",
-            str(job.grace_s),
-            *(["--fail-fast"] if job.fail_fast else []),
-        ]
+        words += ["--told", str(end), "--grace", str(job.grace_s)]
+        words += ["--fail-fast"] if job.fail_fast else []
         words += ["--skip", *map(str, job.skip)] if job.skip else []
         words += ["--code", job.code] if job.code else []
         words += ["--most", str(job.sessions_per_process)] if job.sessions_per_process else []
@@ -197,9 +191,8 @@ class Slot:
 
     def write_down(self, place: int, pid: int, code: int) -> None:
         """What a process died of, in the folder of the session it was in; it may have said so itself."""
-        folder = self.job.plan.session_folder(self.job.plan.sessions[place])
-        held = claims.holder(folder)
         planned = self.job.plan.sessions[place]
+        held = claims.holder(self.job.plan.session_folder(planned))
         if code in ORDERLY or held is None or held.pid != pid or not self.job.plan.open(planned):
             return
         killed = code in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
@@ -208,10 +201,7 @@ class Slot:
             how = f"asked to stop, it did not within {self.job.grace_s:g} s"
         elif code == -signal.SIGKILL:
             how += ": by the system when memory ran out, or by hand"
-        epoch = epoch_of(folder)
-        said = f"{how}; its checkpoint is of epoch {epoch}" if epoch else f"{how}; it has no checkpoint yet"
-        failure.keep(held, "interrupted" if killed else "failed", said)
-        held.release()
+        failure.keep_killed(held, "interrupted" if killed else "failed", how)
 
     def stop(self, signum: int) -> None:
         """Start no process any more, and send the one there is a signal."""

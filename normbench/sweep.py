@@ -42,10 +42,10 @@ def sweep(composer: Composer, launcher: Launcher, master: DictConfig, arguments:
     tidy(plan)
     looks = looks_of(plan) if asked.stop_when_decided else None
     progress = Progress.of(plan, asked.retry_failed, looks)
-    here = runs_here(launcher, plan)
-    if ranks.size() > 1 and not here:
-        raise Refused("hydra.launcher starts processes of its own, and torchrun has; leave it out")
     if progress.todo:
+        here = runs_here(launcher, plan)
+        if ranks.size() > 1 and not here:
+            raise Refused("hydra.launcher starts processes of its own, and torchrun has; leave it out")
         check_arms(plan, {s.arm: s for s in progress.todo}.values(), here)
     say(progress.line, error=asked.commands_only)
     plan.write()

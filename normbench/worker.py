@@ -118,6 +118,8 @@ def train_one(
                 raise FailedFast from error
         else:
             claim.remove()
+        if planned.arm not in prepared:
+            free_memory()
         told(None)
         return True
     except Interrupted as stopped:
@@ -126,7 +128,6 @@ def train_one(
         raise
     finally:
         claim.release()
-        free_memory()
 
 
 def follow(cuda: bool) -> None:
@@ -158,7 +159,6 @@ def follow(cuda: bool) -> None:
                 if failure.attempts(folder) == attempts and not ranks.lost_one(error):
                     write_down(folder, session.started(plan, planned, started_at), error)
                 sys.exit(1)
-            free_memory()
     ranks.part()
 
 
@@ -198,7 +198,7 @@ def ready_for(plan: Plan, planned: Planned, prepared: "OrderedDict[int, Prepared
 
 
 def free_memory() -> None:
-    """Give back what a session held, above all one that ran out of memory."""
+    """Give back what a failed session held: it may have run out of memory."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         gc.collect()
