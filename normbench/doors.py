@@ -1,4 +1,4 @@
-"""How every door refuses: one line on stderr and exit code 2, whatever a person or a disk got wrong."""
+"""How every door speaks and refuses: one line on stderr, exit code 2, whatever a person or disk got wrong."""
 
 import os
 import sys

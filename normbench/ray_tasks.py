@@ -4,7 +4,6 @@ A task that dies takes none of the others with it and is not started again behin
 is reported, and the same command goes on from its checkpoint. A task has one GPU where there are any.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,11 @@ from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, TaskFunction
 from hydra_plugins.hydra_ray_launcher._launcher_util import launch_job_on_ray, start_ray
 from omegaconf import DictConfig, OmegaConf, open_dict
-from ray.exceptions import RayError
+from ray.exceptions import RayError, TaskCancelledError
 
 from normbench import failure
 from normbench.device import SLOTS
+from normbench.doors import say
 from normbench.plan import Plan
 from normbench.values import Refused
 from normbench.worker import FailedFast
@@ -105,8 +105,11 @@ def outcomes(tasks: Sequence[Any]) -> list[JobReturn]:
         [task], left = ray.wait(left)
         try:
             returned.append(ray.get(task))
+        except TaskCancelledError:
+            continue
         except RayError as error:
-            print(f"a Ray task died: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+            why, _, _ = str(error).strip().partition("\n")
+            say(f"a Ray task died: {why}", error=True)
             continue
         if isinstance(returned[-1]._return_value, FailedFast):
             for other in left:

@@ -24,6 +24,16 @@ WORDS = ["norm=custom", "norm._target_=slow_layers.Slow", "session=range(6)", "e
          "dataset.train_subset=96", "dataset.test_subset=64", "batch.size=24", "model.width=4", "device=cpu",
          "checkpoint.every=1epoch"]  # fmt: skip
 
+FAILING = """
+from torch import nn
+
+class Failing(nn.BatchNorm2d):
+    def forward(self, x):
+        if self.training and x.device.type == "cpu":
+            raise RuntimeError("no such luck")
+        return super().forward(x)
+"""
+
 
 def start(slow: Path) -> "subprocess.Popen[str]":
     """The command, with two tasks at a time."""
@@ -71,3 +81,20 @@ def test_of_six_sessions_one_is_killed_five_end_and_the_same_command_ends_the_si
     assert set(rows["slots"]) == {2}
     train(*WORDS, "out=whole")
     assert_same_sessions(Path("outputs"), Path("whole"))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_fail_fast_cancels_what_has_not_begun() -> None:
+    Path("failing.py").write_text(FAILING)
+    words = [word for word in WORDS if not word.startswith("norm._target_")]
+    done = subprocess.run(
+        [sys.executable, "-m", "normbench.train", "hydra/launcher=ray_tasks", "fail_fast=true",
+         "hydra.launcher.ray.init.num_cpus=1", *words, "norm._target_=failing.Failing"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([".", os.environ.get("PYTHONPATH", "")])},
+        capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback (most" not in done.stderr, done.stderr
+    assert "stopped at the first failure" in done.stderr
+    assert "1 of 6 sessions failed:" in done.stderr and "5 of 6 sessions not ended" in done.stderr
+    assert len(list(Path("outputs").rglob("failure.json"))) == 1

@@ -238,6 +238,14 @@ def test_code_edited_after_submission_is_refused_and_slurm_calls_what_failed_fai
     assert not list(Path("outputs").rglob("session.json"))
 
 
+def test_fail_fast_cancels_the_jobs_that_wait(command: Command) -> None:
+    Path("strangers.py").write_text(STRANGERS)
+    words = ["epochs=1", "norm=custom", "norm._target_=strangers.Failing", "session=range(6)", *TINY]
+    _, err = command.run(*words, "fail_fast=true", "hydra.launcher.array_parallelism=1", fails=1)
+    assert "stopped at the first failure" in err and "5 of 6 sessions not ended" in err
+    assert len(list(Path("outputs").rglob("failure.json"))) == 1
+
+
 def test_what_sbatch_refuses_is_one_line(command: Command) -> None:
     _, err = command.run(*TINY, "hydra.launcher.partition=nowhere", fails=2)
     assert err.count("\n") == 1 and "invalid partition" in err.lower()
