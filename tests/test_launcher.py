@@ -395,7 +395,14 @@ def test_every_slot_sees_its_own_device(
     train: Trainer, stranger: Stranger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("normbench.local.visible_devices", lambda: ["3", "7"])
-    arms = stranger("open('seen-' + os.environ['CUDA_VISIBLE_DEVICES'], 'w').close()", norm="stranger")
+    signs_and_waits = """
+            open('seen-' + os.environ['CUDA_VISIBLE_DEVICES'], 'w').close()
+            until = time.monotonic() + 60  # else one quick slot may end every session alone
+            while len([name for name in os.listdir() if name.startswith('seen-')]) < 2:
+                assert time.monotonic() < until
+                time.sleep(0.05)
+    """
+    arms = stranger(signs_and_waits, norm="stranger")
     plan = train(*arms, "session=range(4)", *ONE)
     assert rows_in(plan) == 4 and set(pd.read_csv(plan.folder / "results.csv")["slots"]) == {2}
     assert {path.name for path in Path.cwd().glob("seen-*")} == {"seen-3", "seen-7"}
