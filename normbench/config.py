@@ -301,7 +301,7 @@ def check_sync_bn(values: Values, norm: str) -> None:
     if norm not in ("bn", "obn", "torch_bn"):
         cure = "leave sync_bn out" if norm == "sync_bn" else "use bn, obn or torch_bn, or leave sync_bn out"
         raise Refused(f"sync_bn=true: norm={norm} has no other form that is synchronized; {cure}")
-    for key, usual in (("stored_var", "unbiased"), ("eval_bessel", False)):
+    for key, usual in (("stored_var", "unbiased"), ("eval_bessel", False), ("impl", "reference")):
         if (got := values["norm"].get(key, usual)) != usual:
             raise Refused(f"sync_bn=true needs norm.{key}={show(usual)}, got {show(got)}")
 

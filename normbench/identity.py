@@ -25,6 +25,7 @@ OUTSIDE = {
 }
 # keys added later whose default is a word: left out at it
 LATER = {"model.weight": "none", "norm.sample": "stride"}
+LATER_OF = {"bn": {"norm.impl": "reference"}}  # the same, of one norm
 MAX_ID = 160  # with the hash and a seed's prefix well below what a file name may have
 
 
@@ -101,7 +102,8 @@ def result_changing(values: Values, choices: Mapping[str, str]) -> Values:
             every = interval(key, value, unit)
             value = f"{every.count}{every.unit}"
         value = canonical(key, value)
-        later = None if key.startswith("norm.") and choices["norm"] == "custom" else LATER.get(key)
+        added = LATER | LATER_OF.get(choices["norm"], {})
+        later = None if key.startswith("norm.") and choices["norm"] == "custom" else added.get(key)
         if value is not None and value is not False and value != later:
             kept[key] = value
     return kept

@@ -48,6 +48,7 @@ class LayerObservation:
             "input_shape": list(self.shape),
             "parameters": sum(p.numel() for p in parameters),
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "fused": any(op.startswith("normbench.") for counts in self.ops.values() for op in counts),
             "ops": {phase: dict(counts) for phase, counts in self.ops.items()},
         }
 

@@ -147,7 +147,7 @@ RULES: dict[str, Rule] = {
     "norm.momentum": optional(fraction),
     "norm.stride": positive_int,
     "norm.affine_impl": either("depthwise", "vector"),
-    "norm.impl": either("reference"),
+    "norm.impl": either("auto", "reference", "fused"),
     "norm.stored_var": either("unbiased", "biased"),
     "norm.stats_timing": either("pre", "post"),
     "norm.r_max": optional(partial(number_from, low=1)),

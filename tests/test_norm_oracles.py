@@ -192,7 +192,7 @@ def test_mbn_options():
         MBN(6, stride=4)(torch.zeros(1, 6, 4, 4))
     with pytest.raises(ValueError, match="stride must be an int ≥ 1, got 0"):
         MBN(6, stride=0)
-    with pytest.raises(ValueError, match="impl must be one of reference, got 'fussed'"):
+    with pytest.raises(ValueError, match="impl must be one of auto, reference, fused, got 'fussed'"):
         MBN(6, impl="fussed")
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from normbench.norms.fusable import FusableBatchNorm
 from normbench.values import below_one, flag, one_of, positive_int
 
 MakeNorm = Callable[..., nn.Module]
@@ -65,10 +66,17 @@ class Recipe:
 
         before   x → [dropout] → norm → + residual → activation → [dropout]
         after    x → + residual → activation → [dropout] → norm → [dropout]
+
+        Where nothing stands between a norm's operator and a ReLU, the operator does both.
         """
         dropout_first = self.dropout_position == "before"
         if self.norm_position == "before":
-            x = norm(dropout(x) if dropout_first else x)
+            x = dropout(x) if dropout_first else x
+            plain = residual is None and type(activation) is nn.ReLU
+            if plain and isinstance(norm, FusableBatchNorm) and norm.fused(x):
+                x = norm(x, relu=True)
+                return x if dropout_first else dropout(x)
+            x = norm(x)
         if residual is not None:
             x = x + residual
         x = activation(x)

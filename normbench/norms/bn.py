@@ -2,11 +2,12 @@
 
 from torch import Tensor
 
-from normbench.norms.base import PlainBatchNorm, require_spread
+from normbench.norms.base import require_spread
+from normbench.norms.fusable import FusableBatchNorm
 from normbench.values import flag
 
 
-class BatchNorm(PlainBatchNorm):
+class BatchNorm(FusableBatchNorm):
     """Batch norm in plain torch, so that a hand-written idea is not timed against a fused kernel only.
 
         y = (x - mean) / sqrt(var + eps) * weight + bias
@@ -15,6 +16,8 @@ class BatchNorm(PlainBatchNorm):
 
     Args:
         num_features: channels C.
+        impl: reference, plain torch; fused, one operator (see `normbench.kernels`); auto, that operator where
+            device and dtype have one, else plain torch; the manifest says which ran.
         eps: added to the variance, ≥ 0.
         momentum: weight of the new batch in the running statistics, 0 to 1; None averages all batches.
         affine: learn weight and bias; False leaves both None.
@@ -27,7 +30,7 @@ class BatchNorm(PlainBatchNorm):
     Shape: (N, C, *) → (N, C, *), 0 to 3 spatial axes.
     State: running_mean (C,), running_var (C,) by stored_var, num_batches_tracked ().
     Raises: ValueError — another channel count or rank; one value per channel when the batch is measured
-        or eval_bessel counts it.
+        or eval_bessel counts it; RuntimeError — impl=fused where no kernel can run.
     Source: Ioffe and Szegedy, Batch Normalization, arXiv 1502.03167; HarmanDotpy,
         Normalizations-in-Deep-Learning (GitHub): stored_var=biased with eval_bessel=true.
         Differs from the source in: nothing by default; the study also kept the graph of every batch
@@ -38,6 +41,7 @@ class BatchNorm(PlainBatchNorm):
         self,
         num_features: int,
         *,
+        impl: str = "reference",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
@@ -49,6 +53,7 @@ class BatchNorm(PlainBatchNorm):
     ) -> None:
         super().__init__(
             num_features,
+            impl=impl,
             eps=eps,
             momentum=momentum,
             affine=affine,
@@ -59,8 +64,8 @@ class BatchNorm(PlainBatchNorm):
         )
         self.eval_bessel = flag("eval_bessel", eval_bessel)
 
-    def by_running(self, x: Tensor) -> Tensor:
+    def running_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self.eval_bessel:
-            return super().by_running(x)
+            return super().running_moments(x)
         count = require_spread(x, x)
-        return self.normalize(x, self.running_mean, self.running_var * (count / (count - 1)))
+        return self.running_mean, self.running_var * (count / (count - 1))

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normbench.norms.base import PlainBatchNorm, laid_out_as
+from normbench.norms.base import laid_out_as
+from normbench.norms.fusable import FusableBatchNorm
 from normbench.values import flag, one_of, positive_int
 
 
-class MBN(PlainBatchNorm):
+class MBN(FusableBatchNorm):
     """Batch norm whose statistics come from 1/stride² of the map, to save the time of measuring all of it.
 
         y = (x - mean) / sqrt(var + eps) * weight + bias
@@ -28,9 +29,10 @@ class MBN(PlainBatchNorm):
             as stride has, drawn for each batch from torch's global generator without replacement, the same
             for all samples and channels; where that is every position nothing is drawn.
         affine_impl: how scale and shift are computed: depthwise (a 1×1 depthwise convolution, as published)
-            or vector (multiply and add); equal results, other kernels.
+            or vector (multiply and add); equal results, other kernels. The fused operator has its own.
         train_affine: False freezes weight and bias, which is what the 2019 runs did.
-        impl: which code computes the layer; reference is plain torch.
+        impl: reference, plain torch; fused, one operator (see `normbench.kernels`); auto, that operator
+            where device, dtype and sample have one, else plain torch; the manifest says which ran.
         eps: added to the variance, ≥ 0.
         momentum: weight of the new batch in the running statistics, 0 to 1; None averages all batches.
         affine: False leaves weight and bias None.
@@ -40,7 +42,8 @@ class MBN(PlainBatchNorm):
         train_bias: False freezes the bias at its start.
     Shape: (N, C, *) → (N, C, *), 0 to 3 spatial axes.
     State: running_mean (C,), running_var (C,) by stored_var, num_batches_tracked ().
-    Raises: ValueError — another channel count or rank; one sampled value per channel.
+    Raises: ValueError — another channel count or rank; one sampled value per channel; RuntimeError —
+        impl=fused where no kernel can run.
     Source: nrajmalwar, Modified-Batch-Normalization (GitHub), `MBatchNorm.py` and PartC; its samples are
         sample=stride, the others are for comparison.
         Differs from the source in: it runs (the published class returned from the fused path before it);
@@ -56,7 +59,7 @@ class MBN(PlainBatchNorm):
         sample: str = "stride",
         affine_impl: str = "depthwise",
         train_affine: bool = True,
-        impl: str = "reference",
+        impl: str = "auto",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
@@ -67,6 +70,7 @@ class MBN(PlainBatchNorm):
     ) -> None:
         super().__init__(
             num_features,
+            impl=impl,
             eps=eps,
             momentum=momentum,
             affine=affine,
@@ -79,13 +83,19 @@ class MBN(PlainBatchNorm):
         self.sample = one_of("sample", sample, ("stride", "rows", "batch", "random"))
         self.affine_impl = one_of("affine_impl", affine_impl, ("depthwise", "vector"))
         self.train_affine = flag("train_affine", train_affine)
-        self.impl = one_of("impl", impl, ("reference",))
+        if self.sample == "random" and impl == "fused":
+            raise ValueError("impl=fused measures no sample=random; use impl=auto or reference")
         if not train_affine:
             self.requires_grad_(False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # the seam: another `impl` computes output and running statistics from x in its own operator
-        return super().forward(x)
+    def steps(self, x: Tensor) -> tuple[int, ...] | None:
+        """Every `stride`-th along the axes that `sample` names; a drawn sample has no steps."""
+        if self.sample == "random":
+            return None
+        strided = {"stride": range(1, x.ndim - 1), "rows": range(1, x.ndim - 1)[:1], "batch": (0,)}[
+            self.sample
+        ]
+        return tuple(self.stride if axis in strided else 1 for axis in range(x.ndim - 1))
 
     def measured(self, x: Tensor) -> Tensor:
         """The part of x that statistics are taken from; for stride (N, C, H, W) → (N, C, ⌈H/s⌉, ⌈W/s⌉)."""

@@ -1,0 +1,518 @@
+// Batch norm by the moments of a sample of the positions, with or without ReLU, on the CPU.
+//
+//     y = relu((x - mean) * scale + bias),  scale = weight / sqrt(var + eps)
+//
+// In the backward let g be dy where the ReLU was open, S = sum(g) and Q = sum(g * (x - mean)) over all
+// positions, n the sampled ones. Off the sample dx = scale * g: it waits for no sum, so one pass over dy and x
+// writes it and adds up S and Q. A second pass visits the sampled positions alone:
+//
+//     dx = scale * (g - S / n - (x - mean) * Q / (n * (var + eps)))
+//
+// Sums are taken over parts that the shape alone fixes and joined in their order, in double: the number of
+// threads changes no bit. Loops are plain; the compiler makes vectors of them.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int64_t kTile = 1024;       // values of a map that are worked on at a time: they stay in L1
+constexpr int64_t kBlock = 256;       // pixels added up together, channels last
+constexpr int64_t kTogether = 4;      // neighbouring pixels that share one addition to the sums
+constexpr int64_t kAhead = 256;       // values between what is read and what is fetched for later
+constexpr int64_t kLarge = 4 << 20;   // bytes: larger results are written past the cache
+
+// ---- values ----------------------------------------------------------------------------------------------
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float widen(float v) { return v; }
+inline double widen(double v) { return v; }
+inline float widen(bf16 v) {
+  const uint32_t bits = uint32_t(v.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+inline void narrow(float v, float& to) { to = v; }
+inline void narrow(double v, double& to) { to = v; }
+inline void narrow(float v, bf16& to) {  // to the nearest, ties to even; a NaN stays one
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+template <bool relu, class A> inline A activated(A away, A scale, A bias) {
+  const A v = away * scale + bias;
+  return relu && v <= 0 ? A(0) : v;  // a NaN passes
+}
+
+template <bool relu, class A> inline A gated(A dy, A away, A scale, A bias) {
+  return relu && away * scale + bias <= 0 ? A(0) : dy;
+}
+
+// ---- memory ----------------------------------------------------------------------------------------------
+
+// Writes `count` values from the cache to memory, past the cache where that is possible.
+template <class T> inline void put(T* to, const T* from, int64_t count) {
+  const int64_t bytes = count * int64_t(sizeof(T));
+#ifdef __SSE2__
+  if (reinterpret_cast<uintptr_t>(to) % 64 == 0 && bytes % 64 == 0) {
+    const char* source = reinterpret_cast<const char*>(from);
+    char* target = reinterpret_cast<char*>(to);
+#if defined(__AVX512F__)
+    for (int64_t i = 0; i < bytes; i += 64)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(target + i), _mm512_loadu_si512(source + i));
+#elif defined(__AVX__)
+    for (int64_t i = 0; i < bytes; i += 32)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i)));
+#else
+    for (int64_t i = 0; i < bytes; i += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(target + i),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i)));
+#endif
+    return;
+  }
+#endif
+  std::memcpy(to, from, bytes);
+}
+
+inline void drain() {  // what was written past the cache is seen by other threads
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
+// Asks for values that will be read soon; the hardware does not foresee it where positions are left out.
+template <class T> inline void fetch(const T* from, int64_t count) {
+  const char* at = reinterpret_cast<const char*>(from);
+  for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += 64) __builtin_prefetch(at + i);
+}
+
+// ---- what is measured ------------------------------------------------------------------------------------
+
+// (N, C, D, H, W) and the steps at which N, D, H and W are sampled; sn = 0 samples nothing.
+struct Shape {
+  int64_t n, c, d, h, w, sn, sd, sh, sw;
+  int64_t rows() const { return n * d * h; }
+  int64_t pixels() const { return rows() * w; }
+  int64_t map() const { return d * h * w; }
+  int64_t columns() const { return (w + sw - 1) / sw; }
+  bool row_sampled(int64_t row) const {
+    return sn && row / (d * h) % sn == 0 && row / h % d % sd == 0 && row % h % sh == 0;
+  }
+  bool maps_whole() const { return sd == 1 && sh == 1 && sw == 1; }
+  template <class T> bool large() const { return pixels() * c * int64_t(sizeof(T)) > kLarge; }
+};
+
+// Moments of parts joined to those of the whole; `squares` are summed about the mean.
+struct Moments {
+  double count = 0, mean = 0, squares = 0;
+  void join(double n, double other_mean, double other_squares) {
+    const double all = count + n, away = other_mean - mean;
+    mean += away * n / all;
+    squares += other_squares + away * away * count * n / all;
+    count = all;
+  }
+};
+
+// The backward's two sums per channel, and what of them a sampled position loses.
+template <class A> struct Losses {
+  std::vector<double> S, Q;
+  std::vector<A> per_value, per_distance;
+  explicit Losses(int64_t c) : S(c, 0.0), Q(c, 0.0), per_value(c), per_distance(c) {}
+  void settle(double count, const A* inverse) {
+    for (size_t j = 0; j < S.size(); ++j) {
+      per_value[j] = A(S[j] / count);
+      per_distance[j] = A(Q[j] / count * inverse[j] * inverse[j]);
+    }
+  }
+};
+
+// ---- channels last: the C values of a pixel lie together -------------------------------------------------
+
+template <int pixels, class T, class A>
+inline void add_pixels(const T* x, int64_t apart, int64_t c, const A* shift, A* first, A* second) {
+#pragma omp simd
+  for (int64_t j = 0; j < c; ++j) {
+    A one = 0, two = 0;
+    for (int p = 0; p < pixels; ++p) {
+      const A v = widen(x[p * apart + j]) - shift[j];
+      one += v;
+      two += v * v;
+    }
+    first[j] += one;
+    second[j] += two;
+  }
+}
+
+// Blocks of pixels by two sums about a value near their mean, the average of up to four of them.
+template <class T, class A> void measure_last(const T* x, const Shape& s, A* mean, A* var, int threads) {
+  const int64_t c = s.c, columns = s.columns(), apart = s.sw * c, ahead = (kAhead / c + kTogether) * apart;
+  std::vector<int64_t> rows;
+  for (int64_t row = 0; row < s.rows(); ++row)
+    if (s.row_sampled(row)) rows.push_back(row);
+  const int64_t all = rows.size(), per_block = std::max<int64_t>(1, kBlock / columns);
+  const int64_t blocks = (all + per_block - 1) / per_block;
+  std::vector<A> shift(blocks * c, A(0)), first(blocks * c, A(0)), second(blocks * c, A(0));
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t begin = block * per_block, end = std::min(all, begin + per_block);
+    const int64_t here = (end - begin) * columns, probes = std::min<int64_t>(4, here);
+    A *near = shift.data() + block * c, *one = first.data() + block * c, *two = second.data() + block * c;
+    for (int64_t i = 0; i < probes; ++i) {
+      const int64_t at = i * here / probes;
+      const T* pixel = x + rows[begin + at / columns] * s.w * c + at % columns * apart;
+#pragma omp simd
+      for (int64_t j = 0; j < c; ++j) near[j] += widen(pixel[j]) / A(probes);
+    }
+    for (int64_t at = begin; at < end; ++at) {
+      const T* pixel = x + rows[at] * s.w * c;
+      int64_t left = columns;
+      for (; left >= kTogether; left -= kTogether, pixel += kTogether * apart) {
+        if (s.sw > 1)
+          for (int p = 0; p < kTogether; ++p) fetch(pixel + p * apart + ahead, c);
+        add_pixels<kTogether>(pixel, apart, c, near, one, two);
+      }
+      for (; left > 0; --left, pixel += apart) add_pixels<1>(pixel, apart, c, near, one, two);
+    }
+  }
+  for (int64_t j = 0; j < c; ++j) {
+    Moments whole;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const double n = double((std::min(all, (block + 1) * per_block) - block * per_block) * columns);
+      const double away = first[block * c + j] / n;
+      whole.join(n, shift[block * c + j] + away, std::max(0.0, second[block * c + j] - away * away * n));
+    }
+    mean[j] = A(whole.mean);
+    var[j] = A(whole.squares / whole.count);
+  }
+}
+
+template <bool relu, class T, class A>
+void apply_last(const T* x, T* y, const Shape& s, const A* mean, const A* scale, const A* bias, int threads) {
+  const int64_t c = s.c, pixels = s.pixels();
+  const bool large = s.large<T>();
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::vector<T> line(c);
+#pragma omp for schedule(static)
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+      const T* from = x + pixel * c;
+      T* to = large ? line.data() : y + pixel * c;
+#pragma omp simd
+      for (int64_t j = 0; j < c; ++j) narrow(activated<relu>(widen(from[j]) - mean[j], scale[j], bias[j]), to[j]);
+      if (large) put(y + pixel * c, to, c);
+    }
+    drain();
+  }
+}
+
+// Adds pixels that lie side by side to S and Q; with `off_sample` it writes their dx too.
+template <int pixels, bool relu, bool off_sample, class T, class A>
+inline void sum_pixels(const T* dy, const T* x, T* dx, int64_t c, const A* mean, const A* scale, const A* bias,
+                       A* S, A* Q) {
+#pragma omp simd
+  for (int64_t j = 0; j < c; ++j) {
+    A one = 0, two = 0;
+    for (int p = 0; p < pixels; ++p) {
+      const A away = widen(x[p * c + j]) - mean[j];
+      const A g = gated<relu>(widen(dy[p * c + j]), away, scale[j], bias[j]);
+      one += g;
+      two += g * away;
+      if (off_sample) narrow(g * scale[j], dx[p * c + j]);
+    }
+    S[j] += one;
+    Q[j] += two;
+  }
+}
+
+template <bool relu, class T, class A>
+void backward_last(const T* dy, const T* x, T* dx, const Shape& s, const A* mean, const A* scale, const A* bias,
+                   const A* inverse, double count, Losses<A>& lost, int threads) {
+  const int64_t c = s.c, rows = s.rows(), per_block = std::max<int64_t>(1, kBlock / s.w);
+  const int64_t blocks = (rows + per_block - 1) / per_block, ahead = (kAhead / c + 1) * s.sw * c;
+  const bool large = s.large<T>();
+  std::vector<A> S(blocks * c, A(0)), Q(blocks * c, A(0));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::vector<T> line(kTogether * c);
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < blocks; ++block) {
+      A *one = S.data() + block * c, *two = Q.data() + block * c;
+      for (int64_t row = block * per_block; row < std::min(rows, (block + 1) * per_block); ++row) {
+        const int64_t step = s.row_sampled(row) ? s.sw : 0;  // columns 0, step, … are sampled
+        for (int64_t column = 0, here; column < s.w; column += here) {
+          const int64_t at = (row * s.w + column) * c;
+          const bool sampled = step && column % step == 0;
+          const int64_t end = !step ? s.w : step == 1 ? s.w : sampled ? column + 1 : column / step * step + step;
+          here = std::min(end, s.w) - column >= kTogether ? kTogether : 1;
+          T* to = large ? line.data() : dx + at;
+          if (sampled && here == kTogether)
+            sum_pixels<kTogether, relu, false>(dy + at, x + at, to, c, mean, scale, bias, one, two);
+          else if (sampled)
+            sum_pixels<1, relu, false>(dy + at, x + at, to, c, mean, scale, bias, one, two);
+          else if (here == kTogether)
+            sum_pixels<kTogether, relu, true>(dy + at, x + at, to, c, mean, scale, bias, one, two);
+          else
+            sum_pixels<1, relu, true>(dy + at, x + at, to, c, mean, scale, bias, one, two);
+          if (large && !sampled) put(dx + at, to, here * c);
+        }
+      }
+    }
+#pragma omp single
+    {
+      for (int64_t block = 0; block < blocks; ++block)
+        for (int64_t j = 0; j < c; ++j) {
+          lost.S[j] += S[block * c + j];
+          lost.Q[j] += Q[block * c + j];
+        }
+      lost.settle(count, inverse);
+    }
+    const A *per_value = lost.per_value.data(), *per_distance = lost.per_distance.data();
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+      if (!s.row_sampled(row)) continue;
+      for (int64_t column = 0; column < s.w; column += s.sw) {
+        const int64_t at = (row * s.w + column) * c;
+        const T *grad = dy + at, *from = x + at;
+        T* to = large ? line.data() : dx + at;
+        if (s.sw > 1) fetch(grad + ahead, c), fetch(from + ahead, c);
+#pragma omp simd
+        for (int64_t j = 0; j < c; ++j) {
+          const A away = widen(from[j]) - mean[j], g = gated<relu>(widen(grad[j]), away, scale[j], bias[j]);
+          narrow((g - per_value[j] - away * per_distance[j]) * scale[j], to[j]);
+        }
+        if (large) put(dx + at, to, c);
+      }
+    }
+    drain();
+  }
+}
+
+// ---- channels first: the values of a map lie together; maps are visited in the order of memory -----------
+
+template <int step, class T, class A> inline void take(const T* from, int64_t count, A* to) {
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) to[j] = widen(from[j * step]);
+}
+
+template <class T, class A> inline void take(const T* from, int64_t step, int64_t count, A* to) {
+  switch (step) {  // a step known to the compiler makes vectors
+    case 1: return take<1>(from, count, to);
+    case 2: return take<2>(from, count, to);
+    case 4: return take<4>(from, count, to);
+    case 8: return take<8>(from, count, to);
+  }
+  for (int64_t j = 0; j < count; ++j) to[j] = widen(from[j * step]);
+}
+
+// Adds values that lie in L1: their mean first, then the squares about it.
+template <class A> void join(Moments& whole, const A* values, int64_t count) {
+  A sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < count; ++j) sum += values[j];
+  const A mean = sum / A(count);
+#pragma omp simd reduction(+ : squares)
+  for (int64_t j = 0; j < count; ++j) squares += (values[j] - mean) * (values[j] - mean);
+  whole.join(double(count), mean, squares);
+}
+
+template <class T, class A> Moments measure_map(const T* map, const Shape& s) {
+  const bool whole = s.maps_whole();
+  const int64_t lines = whole ? 1 : s.d * s.h, length = whole ? s.map() : s.w;
+  const int64_t columns = (length + s.sw - 1) / s.sw, ahead = (kAhead / s.w + 1) * s.sh * s.w;
+  Moments found;
+  A tile[kTile];
+  int64_t full = 0;
+  for (int64_t line = 0; line < lines; ++line) {
+    if (line / s.h % s.sd || line % s.h % s.sh) continue;
+    const T* row = map + line * length;
+    if (!whole) fetch(row + ahead, length);
+    for (int64_t column = 0, here; column < columns; column += here) {
+      here = std::min(columns - column, kTile - full);
+      take(row + column * s.sw, s.sw, here, tile + full);
+      full += here;
+      if (full == kTile) join(found, tile, full), full = 0;
+    }
+  }
+  if (full) join(found, tile, full);
+  return found;
+}
+
+template <class T, class A> void measure_first(const T* x, const Shape& s, A* mean, A* var, int threads) {
+  const int64_t samples = (s.n + s.sn - 1) / s.sn;
+  std::vector<Moments> parts(samples * s.c);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t i = 0; i < samples * s.c; ++i)
+    parts[i] = measure_map<T, A>(x + (i / s.c * s.sn * s.c + i % s.c) * s.map(), s);
+  for (int64_t j = 0; j < s.c; ++j) {
+    Moments whole;
+    for (int64_t i = j; i < samples * s.c; i += s.c) whole.join(parts[i].count, parts[i].mean, parts[i].squares);
+    mean[j] = A(whole.mean);
+    var[j] = A(whole.squares / whole.count);
+  }
+}
+
+template <bool relu, class T, class A>
+void apply_first(const T* x, T* y, const Shape& s, const A* mean, const A* scale, const A* bias, int threads) {
+  const bool large = s.large<T>();
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    T tile[kTile];
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < s.n * s.c; ++i) {
+      const A m = mean[i % s.c], k = scale[i % s.c], b = bias[i % s.c];
+      for (int64_t at = i * s.map(), here; at < (i + 1) * s.map(); at += here) {
+        here = std::min(kTile, (i + 1) * s.map() - at);
+        T* to = large ? tile : y + at;
+#pragma omp simd
+        for (int64_t j = 0; j < here; ++j) narrow(activated<relu>(widen(x[at + j]) - m, k, b), to[j]);
+        if (large) put(y + at, to, here);
+      }
+    }
+    drain();
+  }
+}
+
+template <bool relu, class T, class A>
+void backward_first(const T* dy, const T* x, T* dx, const Shape& s, const A* mean, const A* scale, const A* bias,
+                    const A* inverse, double count, Losses<A>& lost, int threads) {
+  const int64_t map = s.map(), maps = s.n * s.c;
+  const bool large = s.large<T>(), whole = s.maps_whole();
+  std::vector<double> S(maps, 0.0), Q(maps, 0.0);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    T tile[kTile];
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < maps; ++i) {
+      const A m = mean[i % s.c], k = scale[i % s.c], b = bias[i % s.c];
+      const bool sampled = s.sn && whole && i / s.c % s.sn == 0;  // all of it: nothing is written yet
+      for (int64_t at = i * map, here; at < (i + 1) * map; at += here) {
+        here = std::min(kTile, (i + 1) * map - at);
+        A one = 0, two = 0;
+        T* to = large ? tile : dx + at;
+        if (sampled) {
+#pragma omp simd reduction(+ : one, two)
+          for (int64_t j = 0; j < here; ++j) {
+            const A away = widen(x[at + j]) - m, g = gated<relu>(widen(dy[at + j]), away, k, b);
+            one += g;
+            two += g * away;
+          }
+        } else {
+#pragma omp simd reduction(+ : one, two)
+          for (int64_t j = 0; j < here; ++j) {
+            const A away = widen(x[at + j]) - m, g = gated<relu>(widen(dy[at + j]), away, k, b);
+            one += g;
+            two += g * away;
+            narrow(g * k, to[j]);
+          }
+          if (large) put(dx + at, to, here);
+        }
+        S[i] += one;
+        Q[i] += two;
+      }
+    }
+#pragma omp single
+    {
+      for (int64_t i = 0; i < maps; ++i) lost.S[i % s.c] += S[i], lost.Q[i % s.c] += Q[i];
+      lost.settle(count, inverse);
+    }
+    const int64_t lines = whole ? 1 : s.d * s.h, length = whole ? map : s.w, ahead = (kAhead / s.w + 1) * s.sh * s.w;
+    std::vector<A> sampled(length, A(0));  // 1 where a column is
+    for (int64_t j = 0; j < length; j += s.sw) sampled[j] = A(1);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < maps; ++i) {
+      if (!s.sn || i / s.c % s.sn) continue;
+      const A m = mean[i % s.c], k = scale[i % s.c], b = bias[i % s.c];
+      const A per_value = lost.per_value[i % s.c], per_distance = lost.per_distance[i % s.c];
+      for (int64_t line = 0; line < lines; ++line) {
+        if (line / s.h % s.sd || line % s.h % s.sh) continue;
+        for (int64_t column = 0, here; column < length; column += here) {
+          const int64_t at = i * map + line * length + column;
+          const A* counts = sampled.data() + column;
+          here = std::min(kTile, length - column);
+          T* to = large ? tile : dx + at;
+          if (!whole) fetch(x + at + ahead, here), fetch(dy + at + ahead, here);
+#pragma omp simd
+          for (int64_t j = 0; j < here; ++j) {
+            const A away = widen(x[at + j]) - m, g = gated<relu>(widen(dy[at + j]), away, k, b);
+            narrow((g - counts[j] * (per_value + away * per_distance)) * k, to[j]);
+          }
+          if (large) put(dx + at, to, here);
+        }
+      }
+    }
+    drain();
+  }
+}
+
+// ---- both ------------------------------------------------------------------------------------------------
+
+template <class A> std::vector<A> given_or(const A* values, int64_t c, A otherwise) {
+  return values ? std::vector<A>(values, values + c) : std::vector<A>(c, otherwise);
+}
+
+template <bool relu, class T, class A>
+void forward(const T* x, T* y, const A* weight, const A* shift, A* mean, A* var, const Shape& s, bool last,
+             double eps, int threads) {
+  std::vector<A> scale = given_or(weight, s.c, A(1)), bias = given_or(shift, s.c, A(0));
+  if (s.sn) (last ? measure_last<T, A> : measure_first<T, A>)(x, s, mean, var, threads);
+  for (int64_t j = 0; j < s.c; ++j) scale[j] = A(scale[j] / std::sqrt(double(var[j]) + eps));
+  (last ? apply_last<relu, T, A> : apply_first<relu, T, A>)(x, y, s, mean, scale.data(), bias.data(), threads);
+}
+
+template <bool relu, class T, class A>
+void backward(const T* dy, const T* x, T* dx, const A* weight, const A* shift, const A* mean, const A* var,
+              A* dweight, A* dbias, const Shape& s, double count, bool last, double eps, int threads) {
+  std::vector<A> scale = given_or(weight, s.c, A(1)), bias = given_or(shift, s.c, A(0)), inverse(s.c);
+  for (int64_t j = 0; j < s.c; ++j) {
+    inverse[j] = A(1 / std::sqrt(double(var[j]) + eps));
+    scale[j] *= inverse[j];
+  }
+  Losses<A> lost(s.c);
+  (last ? backward_last<relu, T, A> : backward_first<relu, T, A>)(dy, x, dx, s, mean, scale.data(), bias.data(),
+                                                                  inverse.data(), count, lost, threads);
+  for (int64_t j = 0; j < s.c; ++j) {
+    dweight[j] = A(lost.Q[j] * inverse[j]);
+    dbias[j] = A(lost.S[j]);
+  }
+}
+
+Shape shape_of(const int64_t* sizes_and_steps) {
+  Shape shape;
+  std::memcpy(&shape, sizes_and_steps, sizeof shape);
+  return shape;
+}
+
+}  // namespace
+
+// `shape`: N, C, D, H, W, then the steps of N, D, H, W. With a step of N of 0 mean and var are given, else they
+// are written. `count`: sampled values of a channel.
+#define DOORS(name, T, A)                                                                                      \
+  extern "C" void forward_##name(const T* x, T* y, const A* weight, const A* bias, A* mean, A* var,            \
+                                 const int64_t* shape, bool last, bool relu, double eps, int threads) {        \
+    (relu ? forward<true, T, A> : forward<false, T, A>)(x, y, weight, bias, mean, var, shape_of(shape), last,  \
+                                                        eps, threads);                                         \
+  }                                                                                                            \
+  extern "C" void backward_##name(const T* dy, const T* x, T* dx, const A* weight, const A* bias,              \
+                                  const A* mean, const A* var, A* dweight, A* dbias, const int64_t* shape,     \
+                                  double count, bool last, bool relu, double eps, int threads) {               \
+    (relu ? backward<true, T, A> : backward<false, T, A>)(dy, x, dx, weight, bias, mean, var, dweight, dbias,  \
+                                                          shape_of(shape), count, last, eps, threads);         \
+  }
+
+DOORS(float32, float, float)
+DOORS(float64, double, double)
+DOORS(bfloat16, bf16, float)
