@@ -42,9 +42,10 @@ def run_session(
     if claim:
         checkpoints.held = claim.held
     with settings_of(config, ready.device):
-        warm_up(ready, seeds)
         start(ready, seeds)
         first = {name: p.detach().cpu().clone() for name, p in ready.model.named_parameters()}
+        warm_up(ready, seeds)
+        start(ready, seeds)
         saved = ranks.told(checkpoints.read() if claim else None)
         course = Course(ready)
         if saved is not None:

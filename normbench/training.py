@@ -55,10 +55,12 @@ class Prepared:
     first_state: dict[str, Tensor]
     first_scale: dict[str, Any]
     observation: Observation
+    held: int = 0  # bytes that are no session's own: what the process held before the warm-up
 
 
 def prepare(config: Config) -> Prepared:
     """Build, move and observe what all sessions of a setting share; off every clock."""
+    machine.tune_allocator()
     device = machine.pick(config.device)
     machine.use_threads(config.threads)
     optim = config.optim
@@ -186,8 +188,11 @@ def start(ready: Prepared, seeds: Seeds) -> None:
 
 
 def warm_up(ready: Prepared, seeds: Seeds) -> None:
-    """A few throw-away steps, so that the first epoch is timed like the others."""
-    start(ready, seeds)
+    """A few throw-away steps of a started model, so that the first epoch is timed like the others.
+
+    Peak memory counts from here: what the steps need, the allocator then has at hand.
+    """
+    ready.held = machine.reset_peak_memory(ready.device) - bytes_of(ready)
     batches = ready.data.train.batches(seeds, epoch=1)
     for step, (x, y) in enumerate(itertools.islice(batches, WARMUP_STEPS)):
         interrupt.obey()
@@ -210,7 +215,6 @@ def train(
     row_steps = every.count if every.unit == "steps" else steps_per_epoch
     eval_steps = every.count * (1 if every.unit == "steps" else steps_per_epoch)
     totals, rows, selection, boundary = course.totals, course.rows, course.selection, ranks.Boundary()
-    held = machine.reset_peak_memory(ready.device) - bytes_of(ready)
     began = time.perf_counter() - course.elapsed_s
 
     def save() -> None:
@@ -262,7 +266,7 @@ def train(
             epoch_time_s=train_time_s if course.timed else None,
             eval_time_s=eval_clock.lap() if test else None,
             images_per_s=mean.images / train_time_s if course.timed else None,
-            peak_memory_mib=(machine.peak_memory(ready.device) - held) / 2**20,
+            peak_memory_mib=(machine.peak_memory(ready.device) - ready.held) / 2**20,
             finished_at=utc_now(),
         )
         checkpoints.held()
