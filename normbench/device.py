@@ -27,8 +27,8 @@ def tune_allocator() -> bool:
     """Keep freed memory in this process, so that every step's big tensors need not be fetched anew.
 
     By default glibc gives a tensor of 32 MiB and more back to the system when it is freed, and the next one
-    costs a page fault for every 4 KiB: more than batch norm itself. Whoever has set MALLOC_* or GLIBC_TUNABLES
-    is left alone, and so is another C library. Returns whether the allocator is tuned; once per process.
+    costs a page fault for every 4 KiB: more than batch norm itself. Whoever has set MALLOC_* or
+    GLIBC_TUNABLES is left alone, and so is another C library. Returns whether the allocator is tuned.
     """
     if any(key.startswith("MALLOC_") or key == "GLIBC_TUNABLES" for key in os.environ):
         return False

@@ -51,7 +51,7 @@ def make_optimizer(
 
 
 def can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether torch's fused optimizers take all of these: real numbers on the CPU or on CUDA, densely stored."""
+    """Whether torch's fused optimizers take all of these: real, on the CPU or CUDA, densely stored."""
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() and dense(p) for p in parameters)
 
 

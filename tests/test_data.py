@@ -372,6 +372,7 @@ def test_channels_last_changes_the_layout_and_no_value() -> None:
         assert x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     assert all(x.is_contiguous() for x, _ in plain.train.batches(SEEDS, 1))
     assert same(plain.train.batches(SEEDS, 1), last.train.batches(SEEDS, 1))
+    assert augment.nhwc(last.train.source.data.images)  # so that no batch is copied into the layout
 
 
 def test_torchs_global_numbers_are_not_touched(tmp_path: Path) -> None:
@@ -413,6 +414,18 @@ def test_random_crop_is_a_slice_of_the_padded_image(mode: str, dtype: torch.dtyp
         assert torch.equal(cropped[i], padded[i, :, top : top + 9, left : left + 7])
     assert set(tops) == set(lefts) == set(range(7))
     assert cropped.dtype == dtype and torch.equal(cropped, augment.random_crop(images, padding, mode, key()))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["zero", "reflect"])
+def test_crop_and_flip_keep_the_layout_and_its_values(mode: str, dtype: torch.dtype) -> None:
+    def changed(images: Tensor) -> Tensor:
+        generator = key()
+        return augment.random_flip(augment.random_crop(images, 3, mode, generator), 0.5, generator)
+
+    plain, last = batch(dtype), batch(dtype).contiguous(memory_format=torch.channels_last)
+    assert augment.nhwc(changed(last)) and changed(plain).is_contiguous()
+    assert torch.equal(changed(plain), changed(last))
 
 
 def test_crop_refuses_what_it_cannot_do() -> None:

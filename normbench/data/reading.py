@@ -41,8 +41,10 @@ class Files:
 _cache: dict[tuple[object, ...], tuple[Any, Any]] = {}
 
 
-def read_images(options: DatasetOptions, data_dir: str, device: torch.device) -> tuple[Images, Images]:
-    """Training and test images on the device; sessions and settings of one process share one copy."""
+def read_images(
+    options: DatasetOptions, data_dir: str, device: torch.device, channels_last: bool = False
+) -> tuple[Images, Images]:
+    """Training and test images on the device; one copy for a process's sessions and settings of a format."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     name = options.name
@@ -50,7 +52,8 @@ def read_images(options: DatasetOptions, data_dir: str, device: torch.device) ->
         key: tuple[object, ...] = (options.shape, options.num_classes, options.train_size, options.test_size)
     else:
         key = () if name == "digits" else (_root(data_dir),)
-    key = (name, device, *key)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    key = (name, device, memory_format, *key)
     if key not in _cache:
         if name == "synthetic":
             parts = _synthetic(options)
@@ -58,7 +61,10 @@ def read_images(options: DatasetOptions, data_dir: str, device: torch.device) ->
             parts = _digits()
         else:
             parts = _torchvision(options, data_dir)
-        train, test = (Images(part.images.to(device), part.labels.to(device)) for part in parts)
+        train, test = (
+            Images(part.images.to(device, memory_format=memory_format), part.labels.to(device))
+            for part in parts
+        )
         _cache[key] = train, test
     train, test = _cache[key]
     return train, test
