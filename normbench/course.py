@@ -141,7 +141,8 @@ class Totals:
 
     def lap(self) -> "Mean":
         """The means of all ranks since the last lap; counts from zero again."""
-        loss, correct, images = ranks.summed(self.loss.item(), self.correct.item(), self.images)
+        own_loss, own_correct = torch.stack([self.loss, self.correct.double()]).tolist()
+        loss, correct, images = ranks.summed(own_loss, own_correct, self.images)
         mean = Mean(int(images), loss / images, correct / images)
         self.images = 0
         self.loss.zero_()

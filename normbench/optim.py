@@ -57,7 +57,7 @@ def can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
 
 def dense(tensor: torch.Tensor) -> bool:
     """Whether the elements fill their memory in some order of the axes."""
-    return torch.ops.aten.is_non_overlapping_and_dense(tensor)
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
 class Schedule:

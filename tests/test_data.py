@@ -548,6 +548,37 @@ def test_imagenette_of_320_pixels_is_found_in_its_full_layout(tmp_path: Path) ->
     assert "imagenette2-160; set data_dir (or NORMBENCH_DATA)" in refused("imagenette", tmp_path)
 
 
+@pytest.mark.parametrize("resize", ["squash", "center_crop", "random_resized_crop"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_kept_images_are_decoded_once_and_are_the_same(resize: str, workers: int, tmp_path: Path) -> None:
+    folders(tmp_path / "imagenet")
+    changes = SMALL | {"crop": 2, "flip": 0.5, "cutout": 8, "resize": resize, "workers": workers}
+    decoded, kept = (opened("imagenet", tmp_path, **changes, cache=cache) for cache in (False, True))
+    for epoch in (1, 2):
+        assert same(decoded.train.batches(SEEDS, epoch), kept.train.batches(SEEDS, epoch))
+        assert same(decoded.test.batches(), kept.test.batches())
+    third = list(decoded.train.batches(SEEDS, 3))
+    for file in tmp_path.rglob("*.*g"):
+        file.write_bytes(b"")
+    assert len(all_of(kept.test.batches())[1]) == 6
+    if resize == "random_resized_crop":  # another part of the file in every epoch
+        with pytest.raises(Refused, match="cannot be read as an image"):
+            list(kept.train.batches(SEEDS, 3))
+    else:
+        assert same(third, kept.train.batches(SEEDS, 3))
+
+
+def test_images_are_kept_only_where_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from normbench.data import kept
+
+    assert kept.free_memory() > 0
+    monkeypatch.setattr(kept, "free_memory", lambda: 100.0)
+    assert kept.room_for((tmp_path, "a"), 5, (1, 3, 3), None) is not None
+    assert kept.room_for((tmp_path, "b"), 6, (1, 3, 3), None) is None
+    assert kept.room_for((tmp_path, "c"), 6, (1, 3, 3), True) is not None
+    assert kept.room_for((tmp_path, "a"), 5, (1, 3, 3), False) is None
+
+
 @pytest.mark.data
 def test_the_real_imagenette_sample_streams() -> None:
     changes: dict[str, Any] = {"train_size": 850, "test_size": 300, "shape": [3, 96, 96], "batch_size": 16}

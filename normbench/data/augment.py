@@ -25,6 +25,11 @@ def all_of(images: Tensor) -> Share:
     return Share(len(images), slice(None))
 
 
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers drawn on the CPU, on the device; a GPU fetches them from pinned memory, and nobody waits."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
+
+
 def pad(images: Tensor, padding: int, mode: str) -> Tensor:
     """(N, C, H, W) → (N, C, H + 2·padding, W + 2·padding), mode zero or reflect (padding < H, W)."""
     if mode == "zero":
@@ -63,8 +68,7 @@ def picked(windows: Tensor, top: Tensor, left: Tensor) -> Tensor:
         each = np.arange(len(windows))
         return torch.from_numpy(windows.numpy()[each, top.numpy(), left.numpy()])
     sample = torch.arange(len(windows), device=windows.device)
-    top, left = (t.to(windows.device, non_blocking=True) for t in (top, left))
-    return windows[sample, top, left]
+    return windows[sample, sent(top, windows.device), sent(left, windows.device)]
 
 
 def taken(images: Tensor, at: Tensor) -> Tensor:
@@ -99,8 +103,7 @@ def random_crop(
 def random_flip(images: Tensor, p: float, generator: torch.Generator, share: Share | None = None) -> Tensor:
     """Mirror each image left to right with probability p: (N, C, H, W) → (N, C, H, W). Draws: N uniforms."""
     total, at = share or all_of(images)
-    chosen = (torch.rand(total, generator=generator)[at] < p).nonzero()[:, 0]
-    chosen = chosen.to(images.device, non_blocking=True)
+    chosen = sent((torch.rand(total, generator=generator)[at] < p).nonzero()[:, 0], images.device)
     lying, columns = in_memory(images), 2 if nhwc(images) else 3
     mirrored = lying.index_select(0, chosen).flip(columns)
     flipped = lying.clone().index_copy_(0, chosen, mirrored)
@@ -128,7 +131,7 @@ def cutout_holes(
 
 def fill_holes(images: Tensor, holes: Tensor) -> Tensor:
     """`images` (N, C, H, W) with 0 inside each image's hole (N, 4); memory format kept."""
-    top, left, bottom, right = holes.to(images.device)[:, :, None].unbind(1)  # (N, 1) each
+    top, left, bottom, right = sent(holes, images.device)[:, :, None].unbind(1)  # (N, 1) each
     row = torch.arange(images.shape[2], device=images.device)
     column = torch.arange(images.shape[3], device=images.device)
     in_rows = (row >= top) & (row < bottom)  # (N, H)

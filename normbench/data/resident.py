@@ -6,7 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normbench.data.augment import Share, in_memory, nhwc, random_crop, random_cutout, random_flip, taken
+from normbench.data.augment import (
+    Share,
+    in_memory,
+    nhwc,
+    random_crop,
+    random_cutout,
+    random_flip,
+    sent,
+    taken,
+)
 from normbench.data.options import Augment, DatasetOptions
 from normbench.data.reading import Images
 from normbench.seeds import Seeds
@@ -76,5 +85,5 @@ class Resident:
             yield self.normalize(images), labels
 
     def _gather(self, at: Tensor) -> tuple[Tensor, Tensor]:
-        at = at.to(self.data.images.device, non_blocking=True)
+        at = sent(at, self.data.images.device)
         return taken(self.data.images, at), self.data.labels.index_select(0, at)
