@@ -57,6 +57,7 @@ class Config:
     seed: int
     precision: str
     compile: bool
+    cuda_graph: bool | None
     device: str
     channels_last: bool
     select: str
@@ -331,6 +332,8 @@ def check_together(values: Values) -> None:
     if values["steps"] is not None and values["epochs"] is not None:
         raise Refused(f"epochs={values['epochs']} and steps={values['steps']} exclude each other; give one")
     check_dataset(values)
+    if values["cuda_graph"] and values["device"] == "cpu":
+        raise Refused("cuda_graph=true needs a CUDA device, got device=cpu; leave cuda_graph out")
     schedule = values["optim"]["schedule"]
     if schedule["name"] == "one_cycle" and not 0 < schedule["warmup"] <= 0.5:
         got = schedule["warmup"]

@@ -19,9 +19,9 @@ OUTSIDE = {
     *("study", "fidelity", "plan", "session", "seed"),  # what asked for it, and which repetition
     *("config_hash", "choices"),  # config.yaml's own
     "stride",  # folded into norm.stride
-    *("threads", "data_dir", "out", "tensorboard", "save_model", "checkpoint"),
+    *("threads", "cuda_graph", "data_dir", "out", "tensorboard", "save_model", "checkpoint"),
     *("retry_failed", "fail_fast", "stop_when_decided", "margin"),
-    *("dataset.download", "dataset.workers"),
+    *("dataset.download", "dataset.workers", "dataset.cache"),
 }
 # keys added later whose default is a word: left out at it
 LATER = {"model.weight": "none", "norm.sample": "stride"}

@@ -21,7 +21,8 @@ def make_optimizer(
 
     Norm parameters are those of the modules that the model's `norm` callable returned, whatever their class;
     they and biases (one-dimensional parameters of other layers, and the gains that `model.weight` adds) are
-    decayed only where options say so.
+    decayed only where options say so. One fused operator updates all parameters of a group where the device
+    has it; SGD's momentum is there from the start, since that operator takes all buffers of a group or none.
     """
     norm = {id(p) for layer in norm_layers for p in layer.parameters()}
     gains = {id(p) for layer in model.modules() for p in gains_of(layer)}
@@ -41,9 +42,22 @@ def make_optimizer(
     if "betas" in kwargs:
         kwargs["betas"] = tuple(kwargs["betas"])
     optimizer: torch.optim.Optimizer = OPTIMIZERS[options["name"]](
-        [g for g in groups if g["params"]], **kwargs
+        [g for g in groups if g["params"]], fused=can_fuse([*decayed, *spared]) or None, **kwargs
     )
+    if options.get("momentum"):
+        for parameter in [*decayed, *spared]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether torch's fused optimizers take all of these: real, on the CPU or CUDA, densely stored."""
+    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() and dense(p) for p in parameters)
+
+
+def dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill their memory in some order of the axes."""
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
 class Schedule:

@@ -9,6 +9,7 @@ from typing import Any
 from normbench.values import (
     above_zero,
     below_one,
+    flag,
     fraction,
     int_from,
     number_from,
@@ -112,6 +113,7 @@ RULES: dict[str, Rule] = {
     "select": either("last", "best_val"),
     "eval_every": interval,
     "threads": optional(positive_int),
+    "cuda_graph": optional(flag),
     "backend": optional(either("aot_eager", "inductor")),
     "margin": optional(margin),
     "checkpoint.every": optional(every),

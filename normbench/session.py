@@ -42,9 +42,10 @@ def run_session(
     if claim:
         checkpoints.held = claim.held
     with settings_of(config, ready.device):
-        warm_up(ready, seeds)
         start(ready, seeds)
         first = {name: p.detach().cpu().clone() for name, p in ready.model.named_parameters()}
+        warm_up(ready, seeds)
+        start(ready, seeds)
         saved = ranks.told(checkpoints.read() if claim else None)
         course = Course(ready)
         if saved is not None:
@@ -152,11 +153,14 @@ def make_manifest(ready: Prepared, first: dict[str, Tensor]) -> dict[str, Any]:
         warnings.append("sync_bn=true changed nothing in one process")
     if ready.config.batch["micro"] and cut.micros == 1:
         warnings.append(f"batch.micro={ready.config.batch['micro']} changed nothing: no batch is larger")
+    if ready.not_graphed:
+        warnings.append(f"no CUDA graph: {ready.not_graphed}")
     if still.suspicious:
         warnings.append(f"never moved: {', '.join(still.suspicious)}")
     return {
         "norm_layers": [layer.as_dict() for layer in seen.layers.values()],
         "compiled": ready.config.compile,
+        "cuda_graph": ready.graphed is not None,
         "kernels": seen.kernels,
         "idle_options": idle,
         "never_moved": still.suspicious,

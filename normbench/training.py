@@ -24,6 +24,7 @@ from normbench.config import Config
 from normbench.course import Course, Evaluation
 from normbench.data.loading import Data, EvalPart, load
 from normbench.data.options import DatasetOptions
+from normbench.graphed import GraphedStep, why_not
 from normbench.manifest import Observation, idle_options, kernels_of, observe
 from normbench.models.init import initialise
 from normbench.norms.base import widen
@@ -33,6 +34,7 @@ from normbench.progress import SessionProgress
 from normbench.results import EpochRow, EpochTable, Outcome
 from normbench.scalars import Scalars
 from normbench.seeds import Seeds
+from normbench.values import Refused
 
 WARMUP_STEPS = 3
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,10 +57,14 @@ class Prepared:
     first_state: dict[str, Tensor]
     first_scale: dict[str, Any]
     observation: Observation
+    graphed: GraphedStep | None = None  # the training step from recordings, on CUDA
+    not_graphed: str | None = None  # why there is none, where one was possible
+    held: int = 0  # bytes that are no session's own: what the process held before the warm-up
 
 
 def prepare(config: Config) -> Prepared:
     """Build, move and observe what all sessions of a setting share; off every clock."""
+    machine.tune_allocator()
     device = machine.pick(config.device)
     machine.use_threads(config.threads)
     optim = config.optim
@@ -139,7 +145,41 @@ def look(ready: Prepared) -> None:
         ready.parallel = DistributedDataParallel(ready.step_model, own, find_unused_parameters=unused)
     if ready.config.compile:
         meet_every_size(ready, x, y)
+    record_steps(ready, x, y)
+    if ready.config.compile or ready.graphed:
         ready.observation.kernels = kernels_of(lambda: train_step(ready, x, y), ready.device)
+
+
+def record_steps(ready: Prepared, x: Tensor, y: Tensor) -> None:
+    """Record the training step for every batch size that will come, where that is possible and wanted.
+
+    What cannot be recorded is run as it is, and `ready.not_graphed` says why. Untested on CUDA.
+    """
+    config, train = ready.config, ready.data.train
+    layers = norm_layers_of(ready.model).values()
+    why = why_not(ready.device, layers, parts=train.cut.parts, compiled=config.compile)
+    if why is not None and config.cuda_graph:
+        raise Refused(f"cuda_graph=true: {why}; leave cuda_graph out")
+    if why is not None or config.cuda_graph is False:
+        wanted = ready.device.type == "cuda" and not config.compile and config.cuda_graph is None
+        ready.not_graphed = why if wanted else None
+        return
+
+    def gradients(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients_of(ready, x, y, None, None)
+
+    parameters = [p for group in ready.optimizer.param_groups for p in group["params"]]
+    graphed = GraphedStep(gradients, lambda: update(ready), parameters)
+    state = [tensor for _, tensor in state_of(ready.model)]
+    try:
+        for images in {train.images_in(0), train.images_in(train.steps_per_epoch - 1)}:
+            graphed.record(x[:images], y[:images], state)
+    except RuntimeError as error:  # torch's, of what a graph cannot hold, or ours of a replay that differs
+        ready.not_graphed = next(iter(str(error).splitlines()), type(error).__name__)
+        if config.cuda_graph:
+            raise
+        return
+    ready.graphed = graphed
 
 
 def meet_every_size(ready: Prepared, x: Tensor, y: Tensor) -> None:
@@ -186,8 +226,11 @@ def start(ready: Prepared, seeds: Seeds) -> None:
 
 
 def warm_up(ready: Prepared, seeds: Seeds) -> None:
-    """A few throw-away steps, so that the first epoch is timed like the others."""
-    start(ready, seeds)
+    """A few throw-away steps of a started model, so that the first epoch is timed like the others.
+
+    Peak memory counts from here: what the steps need, the allocator then has at hand.
+    """
+    ready.held = machine.reset_peak_memory(ready.device) - bytes_of(ready)
     batches = ready.data.train.batches(seeds, epoch=1)
     for step, (x, y) in enumerate(itertools.islice(batches, WARMUP_STEPS)):
         interrupt.obey()
@@ -210,7 +253,6 @@ def train(
     row_steps = every.count if every.unit == "steps" else steps_per_epoch
     eval_steps = every.count * (1 if every.unit == "steps" else steps_per_epoch)
     totals, rows, selection, boundary = course.totals, course.rows, course.selection, ranks.Boundary()
-    held = machine.reset_peak_memory(ready.device) - bytes_of(ready)
     began = time.perf_counter() - course.elapsed_s
 
     def save() -> None:
@@ -262,7 +304,7 @@ def train(
             epoch_time_s=train_time_s if course.timed else None,
             eval_time_s=eval_clock.lap() if test else None,
             images_per_s=mean.images / train_time_s if course.timed else None,
-            peak_memory_mib=(machine.peak_memory(ready.device) - held) / 2**20,
+            peak_memory_mib=(machine.peak_memory(ready.device) - ready.held) / 2**20,
             finished_at=utc_now(),
         )
         checkpoints.held()
@@ -312,6 +354,23 @@ def train_step(
         images: of the whole batch, over whose mean loss the gradient is taken; None if all shares are alike.
         seed: what dropout and sampling norms draw from: each part of the batch from a number of its own.
     """
+    if ready.graphed is not None:
+        return ready.graphed(x, y, seed)
+    outputs = gradients_of(ready, x, y, images, seed)
+    update(ready)
+    return outputs
+
+
+def update(ready: Prepared) -> None:
+    """Move the weights by the gradients that are there; left out where a scaled one overflowed."""
+    ready.scaler.step(ready.optimizer)
+    ready.scaler.update()
+
+
+def gradients_of(
+    ready: Prepared, x: Tensor, y: Tensor, images: int | None, seed: int | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `train_step`, in the parameters; a `seed` of None leaves the generator alone."""
     model, cut = ready.parallel or ready.step_model, ready.data.train.cut
     count = images or len(y) * cut.ranks
     ready.optimizer.zero_grad()
@@ -319,7 +378,8 @@ def train_step(
     for i, (part, labels) in enumerate(
         zip(x.tensor_split(cut.micros), y.tensor_split(cut.micros), strict=True)
     ):
-        torch.manual_seed(seed + cut.rank * cut.micros + i)
+        if seed is not None:
+            torch.manual_seed(seed + cut.rank * cut.micros + i)
         waits = ready.parallel is not None and i < cut.micros - 1
         with ready.parallel.no_sync() if ready.parallel and waits else contextlib.nullcontext():
             with autocast(ready):
@@ -331,8 +391,6 @@ def train_step(
             ready.scaler.scale(loss if share == 1 else loss * share).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach() * (len(labels) / len(y)) if cut.micros > 1 else loss.detach())
         outputs.append(logits.detach())
-    ready.scaler.step(ready.optimizer)
-    ready.scaler.update()
     return torch.stack(losses).sum(), torch.cat(outputs)
 
 
@@ -348,7 +406,9 @@ def evaluate(ready: Prepared, part: EvalPart) -> Evaluation:
         losses.append(F.cross_entropy(widen(logits), y, reduction="sum").double())
         predictions.append(logits.argmax(1))
     ready.step_model.train()
-    sums, guesses = torch.stack(losses).cpu() if losses else torch.empty(0), [p.cpu() for p in predictions]
+    sums = torch.stack(losses).cpu() if losses else torch.empty(0)
+    sizes = [len(p) for p in predictions]
+    guesses = list(torch.split(torch.cat(predictions).cpu(), sizes)) if predictions else []
     found = ranks.gathered((sums, guesses))
     in_order = [(found[i % len(found)], i // len(found)) for i in range(sum(len(own) for own, _ in found))]
     loss = sum(own[at].item() for (own, _), at in in_order)

@@ -55,6 +55,34 @@ def test_a_door_opened_by_the_command_names_itself(tmp_path: Path) -> None:
     assert done.stderr == "normbench train: unknown key 'epoch'; did you mean 'epochs'?\n"
 
 
+DEAR = {"torch", "torchvision", "sklearn", "scipy", "statsmodels", "matplotlib", "pandas"}
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("train --help", 0), ("train epoch=3", 2), ("train norm=xyz", 2), ("train optim.lr=-1", 2),
+     ("train batch=bs3", 2), ("audit --help", 0), ("audit norm=xyz", 2), ("stats --help", 0),
+     ("stats nowhere", 2), ("status --help", 0), ("status nowhere", 2), ("results nowhere", 2),
+     ("worker nowhere", 2)],
+)  # fmt: skip
+def test_help_and_mistakes_import_nothing_dear(command: str, code: int, tmp_path: Path) -> None:
+    # on an idle machine each answers in under a second; torch alone takes two
+    door, *arguments = command.split()
+    program = f"""
+import runpy, sys
+sys.argv = ["normbench.{door}", *{arguments!r}]
+try:
+    runpy.run_module("normbench.{door}", run_name="__main__")
+finally:
+    print("modules:", *{DEAR!r} & sys.modules.keys())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    *_, last = done.stdout.splitlines()
+    allowed = {"pandas"} if command == "stats nowhere" else set()  # which reads the tables
+    assert last.split()[0] == "modules:" and set(last.split()[1:]) <= allowed
+
+
 def test_full_errors_on_request() -> None:
     done = normbench("train", "epoch=3", HYDRA_FULL_ERROR="1")
     assert done.returncode != 0 and "Traceback" in done.stderr

@@ -372,6 +372,7 @@ def test_channels_last_changes_the_layout_and_no_value() -> None:
         assert x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     assert all(x.is_contiguous() for x, _ in plain.train.batches(SEEDS, 1))
     assert same(plain.train.batches(SEEDS, 1), last.train.batches(SEEDS, 1))
+    assert augment.nhwc(last.train.source.data.images)  # so that no batch is copied into the layout
 
 
 def test_torchs_global_numbers_are_not_touched(tmp_path: Path) -> None:
@@ -413,6 +414,18 @@ def test_random_crop_is_a_slice_of_the_padded_image(mode: str, dtype: torch.dtyp
         assert torch.equal(cropped[i], padded[i, :, top : top + 9, left : left + 7])
     assert set(tops) == set(lefts) == set(range(7))
     assert cropped.dtype == dtype and torch.equal(cropped, augment.random_crop(images, padding, mode, key()))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["zero", "reflect"])
+def test_crop_and_flip_keep_the_layout_and_its_values(mode: str, dtype: torch.dtype) -> None:
+    def changed(images: Tensor) -> Tensor:
+        generator = key()
+        return augment.random_flip(augment.random_crop(images, 3, mode, generator), 0.5, generator)
+
+    plain, last = batch(dtype), batch(dtype).contiguous(memory_format=torch.channels_last)
+    assert augment.nhwc(changed(last)) and changed(plain).is_contiguous()
+    assert torch.equal(changed(plain), changed(last))
 
 
 def test_crop_refuses_what_it_cannot_do() -> None:
@@ -533,6 +546,37 @@ def test_imagenette_of_320_pixels_is_found_in_its_full_layout(tmp_path: Path) ->
     data = workers_agree("imagenette", tmp_path, batch_size=8, **changes)
     assert all_of(data.test.batches())[1].tolist() == list(range(10))
     assert "imagenette2-160; set data_dir (or NORMBENCH_DATA)" in refused("imagenette", tmp_path)
+
+
+@pytest.mark.parametrize("resize", ["squash", "center_crop", "random_resized_crop"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_kept_images_are_decoded_once_and_are_the_same(resize: str, workers: int, tmp_path: Path) -> None:
+    folders(tmp_path / "imagenet")
+    changes = SMALL | {"crop": 2, "flip": 0.5, "cutout": 8, "resize": resize, "workers": workers}
+    decoded, kept = (opened("imagenet", tmp_path, **changes, cache=cache) for cache in (False, True))
+    for epoch in (1, 2):
+        assert same(decoded.train.batches(SEEDS, epoch), kept.train.batches(SEEDS, epoch))
+        assert same(decoded.test.batches(), kept.test.batches())
+    third = list(decoded.train.batches(SEEDS, 3))
+    for file in tmp_path.rglob("*.*g"):
+        file.write_bytes(b"")
+    assert len(all_of(kept.test.batches())[1]) == 6
+    if resize == "random_resized_crop":  # another part of the file in every epoch
+        with pytest.raises(Refused, match="cannot be read as an image"):
+            list(kept.train.batches(SEEDS, 3))
+    else:
+        assert same(third, kept.train.batches(SEEDS, 3))
+
+
+def test_images_are_kept_only_where_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from normbench.data import kept
+
+    assert kept.free_memory() > 0
+    monkeypatch.setattr(kept, "free_memory", lambda: 100.0)
+    assert kept.room_for((tmp_path, "a"), 5, (1, 3, 3), None) is not None
+    assert kept.room_for((tmp_path, "b"), 6, (1, 3, 3), None) is None
+    assert kept.room_for((tmp_path, "c"), 6, (1, 3, 3), True) is not None
+    assert kept.room_for((tmp_path, "a"), 5, (1, 3, 3), False) is None
 
 
 @pytest.mark.data

@@ -1,5 +1,6 @@
 """Optimizer groups by identity, schedules against the studies' numbers."""
 
+import math
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from normbench.config import conf_dir
-from normbench.optim import Schedule, make_optimizer
+from normbench.optim import Schedule, make_optimizer, state_tensors
 
 
 def options(name: str, **changes: Any) -> dict[str, Any]:
@@ -54,6 +55,59 @@ def test_the_optimizers_are_torchs_with_the_options_given(name: str) -> None:
     assert {group["lr"] for group in optimizer.param_groups} == {0.25}
     if name == "sgd":
         assert {(g["momentum"], g["nesterov"]) for g in optimizer.param_groups} == {(0.9, True)}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_fused_update_is_torchs_plain_one(name: str, channels_last: bool) -> None:
+    # float64; lr and momentum change at every step as a schedule has it; the last bias joins late
+    def trained(plain: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).double()
+        if channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        optimizer = make_optimizer(options(name, lr=0.1, weight_decay=0.1), model, [model[1]])
+        assert all(group["fused"] for group in optimizer.param_groups)
+        if plain:
+            for group in optimizer.param_groups:
+                group["foreach"] = group["fused"] = False
+        cycle = schedule("one_cycle", lr=0.1, momentum=0.9 if name == "sgd" else None, steps=20)
+        for step in range(20):
+            cycle.apply(optimizer, step)
+            optimizer.zero_grad()
+            model(torch.randn(4, 3, 6, 6, dtype=torch.float64)).square().mean().backward()
+            if step < 3:
+                model[2].bias.grad = None
+            optimizer.step()
+        return [tensor.detach() for tensor in (*model.parameters(), *state_tensors(optimizer))]
+
+    fused, plain = trained(False), trained(True)
+    assert len(fused) == len(plain)
+    for a, b in zip(fused, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14, check_dtype=False)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_a_fused_step_is_left_out_where_a_scaled_gradient_overflows(name: str) -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = make_optimizer(options(name), layer, [])
+    scaler = torch.amp.GradScaler("cpu")
+    before = layer.weight.detach().clone()
+    for x, moves in ((torch.full((1, 3), math.inf), False), (torch.ones(1, 3), True)):
+        optimizer.zero_grad()
+        scaler.scale(layer(x).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(layer.weight, before) is not moves
+    assert scaler.get_scale() == 2.0**15
+
+
+def test_what_no_fused_update_takes_is_updated_plainly() -> None:
+    layer = nn.Linear(3, 2, dtype=torch.complex64)
+    optimizer = make_optimizer(options("adam"), layer, [])
+    layer(torch.ones(1, 3, dtype=torch.complex64)).abs().sum().backward()
+    optimizer.step()
+    assert not any(group["fused"] for group in optimizer.param_groups)
 
 
 def test_frozen_parameters_get_no_group() -> None:

@@ -7,6 +7,7 @@ Images that are a share of a batch draw the whole batch's numbers and keep their
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -24,26 +25,66 @@ def all_of(images: Tensor) -> Share:
     return Share(len(images), slice(None))
 
 
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers drawn on the CPU, on the device; a GPU fetches them from pinned memory, and nobody waits."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
+
+
 def pad(images: Tensor, padding: int, mode: str) -> Tensor:
     """(N, C, H, W) → (N, C, H + 2·padding, W + 2·padding), mode zero or reflect (padding < H, W)."""
     if mode == "zero":
         return functional.pad(images, [padding] * 4)
     if mode != "reflect":
         raise ValueError(f"mode must be zero or reflect, got {mode!r}")
-    for dim in (2, 3):  # torch's own reflection does not take uint8
-        last = images.shape[dim] - 1
-        if padding > last:
-            raise ValueError(f"padding must be below {last + 1} with mode reflect, got {padding}")
-        at = torch.arange(-padding, last + 1 + padding, device=images.device)
-        images = images.index_select(dim, last - (last - at.abs()).abs())
-    return images
+    *_, height, width = images.shape
+    for size in (height, width):
+        if padding >= size:
+            raise ValueError(f"padding must be below {size} with mode reflect, got {padding}")
+    padded = functional.pad(images, [padding] * 4)  # torch's own reflection does not take uint8
+    for dim, size in ((2, height), (3, width)):  # each row mirrored, then each column of what that gave
+        inside = padded.narrow(dim, padding, size)
+        padded.narrow(dim, 0, padding).copy_(inside.narrow(dim, 1, padding).flip(dim))
+        after = inside.narrow(dim, size - 1 - padding, padding)
+        padded.narrow(dim, padding + size, padding).copy_(after.flip(dim))
+    return padded
 
 
 def crop_at(images: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
-    """The (height, width) window of each image whose upper left corner is (top, left), both (N,) int64."""
-    windows = images.unfold(2, height, 1).unfold(3, width, 1)  # (N, C, tops, lefts, height, width), a view
-    sample = torch.arange(len(images), device=images.device)
-    return windows[sample, :, top.to(images.device), left.to(images.device)]
+    """The (height, width) window of each image whose upper left corner is (top, left), both (N,) int64.
+
+    Keeps the memory format. On the CPU numpy copies whole windows, where torch would copy pixel by pixel.
+    """
+    if nhwc(images):
+        windows = in_memory(images).unfold(1, height, 1).unfold(2, width, 1)
+        windows = windows.permute(0, 1, 2, 4, 5, 3)  # (N, tops, lefts, height, width, C), a view
+        return picked(windows, top, left).permute(0, 3, 1, 2)
+    windows = images.unfold(2, height, 1).unfold(3, width, 1)
+    return picked(windows.permute(0, 2, 3, 1, 4, 5), top, left)  # (N, tops, lefts, C, height, width)
+
+
+def picked(windows: Tensor, top: Tensor, left: Tensor) -> Tensor:
+    """windows[i, top[i], left[i]] for every i."""
+    if windows.device.type == "cpu" and windows.dtype != torch.bfloat16:  # which numpy has not
+        each = np.arange(len(windows))
+        return torch.from_numpy(windows.numpy()[each, top.numpy(), left.numpy()])
+    sample = torch.arange(len(windows), device=windows.device)
+    return windows[sample, sent(top, windows.device), sent(left, windows.device)]
+
+
+def taken(images: Tensor, at: Tensor) -> Tensor:
+    """Some of the images, by number (n,) on their device, in their memory format (index_select loses it)."""
+    chosen = in_memory(images).index_select(0, at)
+    return chosen.permute(0, 3, 1, 2) if nhwc(images) else chosen
+
+
+def in_memory(images: Tensor) -> Tensor:
+    """The images with their axes in the order in which they lie in memory, a view."""
+    return images.permute(0, 2, 3, 1) if nhwc(images) else images
+
+
+def nhwc(images: Tensor) -> bool:
+    """Whether the images lie channels last, and not both ways at once."""
+    return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
 
 
 def random_crop(
@@ -62,8 +103,11 @@ def random_crop(
 def random_flip(images: Tensor, p: float, generator: torch.Generator, share: Share | None = None) -> Tensor:
     """Mirror each image left to right with probability p: (N, C, H, W) → (N, C, H, W). Draws: N uniforms."""
     total, at = share or all_of(images)
-    chosen = torch.rand(total, generator=generator)[at] < p
-    return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(3), images)
+    chosen = sent((torch.rand(total, generator=generator)[at] < p).nonzero()[:, 0], images.device)
+    lying, columns = in_memory(images), 2 if nhwc(images) else 3
+    mirrored = lying.index_select(0, chosen).flip(columns)
+    flipped = lying.clone().index_copy_(0, chosen, mirrored)
+    return flipped.permute(0, 3, 1, 2) if nhwc(images) else flipped
 
 
 def cutout_holes(
@@ -87,7 +131,7 @@ def cutout_holes(
 
 def fill_holes(images: Tensor, holes: Tensor) -> Tensor:
     """`images` (N, C, H, W) with 0 inside each image's hole (N, 4); memory format kept."""
-    top, left, bottom, right = holes.to(images.device)[:, :, None].unbind(1)  # (N, 1) each
+    top, left, bottom, right = sent(holes, images.device)[:, :, None].unbind(1)  # (N, 1) each
     row = torch.arange(images.shape[2], device=images.device)
     column = torch.arange(images.shape[3], device=images.device)
     in_rows = (row >= top) & (row < bottom)  # (N, H)

@@ -158,7 +158,7 @@ def load(
         train_source = Streamed(train_files, options, normalize, device)
         test_source = Streamed(test_files, options, normalize, device)
     else:
-        train_images, test_images = read_images(options, data_dir, device)
+        train_images, test_images = read_images(options, data_dir, device, channels_last)
         train_source = Resident(train_images, options.augment, normalize)
         test_source = Resident(test_images, options.augment, normalize)
     train, val, test = _split(options, Seeds(seed, 0))

@@ -77,6 +77,8 @@ class DatasetOptions:
             the middle; random_resized_crop: 8-100 % of the area, 3:4 to 4:3, in training (center_crop else).
         size: imagenette only: 160px, 320px or full.
         workers: processes that decode for folder sets; cannot change a result.
+        cache: folder sets only. Keep images of the model's size in memory: true, false, or None for where
+            they fit into half of what is free; cannot change a result. Random cuts are decoded every time.
     """
 
     name: str
@@ -96,6 +98,7 @@ class DatasetOptions:
     resize: str | None
     size: str | None
     workers: int
+    cache: bool | None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "DatasetOptions":
@@ -128,6 +131,7 @@ class DatasetOptions:
             ),
             size=_only_for(("imagenette",), "size", name, values["size"], ("160px", "320px", "full")),
             workers=int_from("dataset.workers", values["workers"], 0),
+            cache=None if values["cache"] is None else flag("dataset.cache", values["cache"]),
         )
         options._check()
         return options
@@ -168,6 +172,10 @@ class DatasetOptions:
         if not self.streamed and self.workers:
             raise ValueError(
                 f"dataset.workers must be 0 for {self.name}, which is held in memory, got {self.workers}"
+            )
+        if not self.streamed and self.cache is not None:
+            raise ValueError(
+                f"dataset.cache must be null for {self.name}, which is held in memory, got {self.cache}"
             )
         if self.download and self.name in _NO_DOWNLOAD:
             raise Refused(f"dataset.download must be false for {self.name}: {_NO_DOWNLOAD[self.name]}")

@@ -1,5 +1,7 @@
 """Reads the files, once per process: whole sets into uint8 tensors, folder sets into lists of paths."""
 
+import contextlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,8 +43,10 @@ class Files:
 _cache: dict[tuple[object, ...], tuple[Any, Any]] = {}
 
 
-def read_images(options: DatasetOptions, data_dir: str, device: torch.device) -> tuple[Images, Images]:
-    """Training and test images on the device; sessions and settings of one process share one copy."""
+def read_images(
+    options: DatasetOptions, data_dir: str, device: torch.device, channels_last: bool = False
+) -> tuple[Images, Images]:
+    """Training and test images on the device; one copy for a process's sessions and settings of a format."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     name = options.name
@@ -50,7 +54,8 @@ def read_images(options: DatasetOptions, data_dir: str, device: torch.device) ->
         key: tuple[object, ...] = (options.shape, options.num_classes, options.train_size, options.test_size)
     else:
         key = () if name == "digits" else (_root(data_dir),)
-    key = (name, device, *key)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    key = (name, device, memory_format, *key)
     if key not in _cache:
         if name == "synthetic":
             parts = _synthetic(options)
@@ -58,7 +63,10 @@ def read_images(options: DatasetOptions, data_dir: str, device: torch.device) ->
             parts = _digits()
         else:
             parts = _torchvision(options, data_dir)
-        train, test = (Images(part.images.to(device), part.labels.to(device)) for part in parts)
+        train, test = (
+            Images(part.images.to(device, memory_format=memory_format), part.labels.to(device))
+            for part in parts
+        )
         _cache[key] = train, test
     train, test = _cache[key]
     return train, test
@@ -107,13 +115,25 @@ def _digits() -> tuple[Images, Images]:
     They come without a split: the first 1437 of numpy's default_rng(0).permutation(1797) are ours for
     training, the other 360 for testing, both in that order.
     """
+    pixels, target = _digits_file()
+    order = np.random.default_rng(0).permutation(1797)
+    images = torch.from_numpy(np.rint(pixels[order] * 255 / 16).astype(np.uint8))[:, None]
+    labels = torch.from_numpy(target[order].astype(np.int64))
+    return Images(images[:1437], labels[:1437]), Images(images[1437:], labels[1437:])
+
+
+def _digits_file() -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """The digits (1797, 8, 8) and their labels, from scikit-learn's file: its import takes seconds."""
+    found = importlib.util.find_spec("sklearn")
+    for folder in (found and found.submodule_search_locations) or ():
+        with contextlib.suppress(OSError, ValueError):
+            table = np.loadtxt(Path(folder) / "datasets/data/digits.csv.gz", delimiter=",")
+            if table.shape == (1797, 65):
+                return table[:, :-1].reshape(-1, 8, 8), table[:, -1]
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    order = np.random.default_rng(0).permutation(1797)
-    images = torch.from_numpy(np.rint(bunch.images[order] * 255 / 16).astype(np.uint8))[:, None]
-    labels = torch.from_numpy(bunch.target[order].astype(np.int64))
-    return Images(images[:1437], labels[:1437]), Images(images[1437:], labels[1437:])
+    return bunch.images, bunch.target
 
 
 def _torchvision(options: DatasetOptions, data_dir: str) -> tuple[Images, Images]:

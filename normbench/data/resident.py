@@ -6,7 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normbench.data.augment import Share, random_crop, random_cutout, random_flip
+from normbench.data.augment import (
+    Share,
+    in_memory,
+    nhwc,
+    random_crop,
+    random_cutout,
+    random_flip,
+    sent,
+    taken,
+)
 from normbench.data.options import Augment, DatasetOptions
 from normbench.data.reading import Images
 from normbench.seeds import Seeds
@@ -15,19 +24,27 @@ Own = Callable[[int], slice]  # where this process's share of a batch of so many
 
 
 class Normalizer:
-    """uint8 (N, C, H, W) → float32 (x/255 - mean)/std, channels last if asked."""
+    """uint8 (N, C, H, W) → float32 (x/255 - mean)/std, channels last if asked.
+
+    What is channels last already is seen as rows of W·C numbers, which are faster to normalise than C by C.
+    """
 
     def __init__(self, options: DatasetOptions, device: torch.device, channels_last: bool) -> None:
         # with mean 0 and std 1 this divides by 255, exactly as torchvision's ToTensor
-        self.mean = (
-            (torch.tensor(options.mean, dtype=torch.float64) * 255).float().view(1, -1, 1, 1).to(device)
+        channels, _, width = options.shape
+        self.mean, self.std = (
+            (torch.tensor(values, dtype=torch.float64) * 255).float().expand(channels).to(device)
+            for values in (options.mean, options.std)
         )
-        self.std = (torch.tensor(options.std, dtype=torch.float64) * 255).float().view(1, -1, 1, 1).to(device)
+        self.row_mean, self.row_std = (values.repeat(width) for values in (self.mean, self.std))
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __call__(self, images: Tensor) -> Tensor:
         x = images.to(torch.float32, memory_format=self.memory_format)
-        return x.sub_(self.mean).div_(self.std)
+        if nhwc(x):
+            in_memory(x).flatten(2).sub_(self.row_mean).div_(self.row_std)
+            return x
+        return x.sub_(self.mean[:, None, None]).div_(self.std[:, None, None])
 
 
 @dataclass(frozen=True)
@@ -68,5 +85,5 @@ class Resident:
             yield self.normalize(images), labels
 
     def _gather(self, at: Tensor) -> tuple[Tensor, Tensor]:
-        at = at.to(self.data.images.device, non_blocking=True)
-        return self.data.images.index_select(0, at), self.data.labels.index_select(0, at)
+        at = sent(at, self.data.images.device)
+        return taken(self.data.images, at), self.data.labels.index_select(0, at)

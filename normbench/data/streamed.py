@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from normbench.data.augment import cutout_holes, fill_holes, random_crop, random_flip, random_resized_box
+from normbench.data.kept import Kept, room_for
 from normbench.data.options import DatasetOptions
 from normbench.data.reading import Files, one_line
 from normbench.data.resident import Normalizer, Own
@@ -39,21 +40,42 @@ class _Decoded(Dataset[_Sample | str]):
 
     def __getitem__(self, key: _Key) -> _Sample | str:
         seeds, epoch, index = key
+        generator = None if seeds is None else seeds.generator("augment", epoch, index)
+        kept = self.kept(augmented=generator is not None)
+        image = None if kept is None else kept.get(index)
+        if image is None:
+            picture = self._read(index)
+            if isinstance(picture, str):
+                return picture
+            picture = resized(picture, self.options, generator)
+            image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+            if kept is not None:
+                kept.put(index, image)
+        images = image[None]  # a batch of one
+        hole = torch.zeros(1, 4, dtype=torch.int64)
+        if generator is not None:
+            images, hole = self._augmented(images, hole, generator)
+        return images[0].contiguous(), hole[0], int(self.files.labels[index])
+
+    def kept(self, augmented: bool) -> Kept | None:
+        """Where images of the model's size are kept; none for those that are cut at random first."""
+        options, resize = self.options, self.options.resize
+        if resize == "random_resized_crop":
+            if augmented:
+                return None
+            resize = "center_crop"
+        name = (self.files.root, self.files.paths[0], len(self.files.paths), resize, options.shape)
+        return room_for(name, len(self.files.paths), options.shape, options.cache)
+
+    def _read(self, index: int) -> Image.Image | str:
         path = self.files.path(index)
         try:
             with warnings.catch_warnings():  # ImageNet holds whole pictures with damaged EXIF
                 warnings.simplefilter("ignore")
                 with Image.open(path) as file:
-                    picture = file.convert("RGB")
+                    return file.convert("RGB")
         except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
             return f"dataset={self.options.name}: {path} cannot be read as an image ({one_line(error)})"
-        generator = None if seeds is None else seeds.generator("augment", epoch, index)
-        picture = resized(picture, self.options, generator)
-        images = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]  # a batch of one
-        hole = torch.zeros(1, 4, dtype=torch.int64)
-        if generator is not None:
-            images, hole = self._augmented(images, hole, generator)
-        return images[0].contiguous(), hole[0], int(self.files.labels[index])
 
     def _augmented(self, images: Tensor, hole: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         augment = self.options.augment
@@ -147,13 +169,17 @@ class Streamed:
 
     def _raw(self, keys: list[list[_Key]]) -> Iterator[tuple[Tensor, Tensor, Tensor] | str]:
         """The DataLoader's batches, by fresh workers, so that several epochs may be read side by side."""
-        workers = self.options.workers
+        images = _Decoded(self.files, self.options)
+        wanted = [key for batch in keys for key in batch]
+        kept = images.kept(augmented=any(seeds for seeds, *_ in wanted))  # before the workers that share it
+        all_kept = kept is not None and bool(kept.there[[index for *_, index in wanted]].all())
+        workers = 0 if all_kept else self.options.workers
         with warnings.catch_warnings():
             # Python's word on fork beside threads (the workers use none of them), torch's on few cores
             warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork.*")
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             loader = DataLoader(
-                _Decoded(self.files, self.options),
+                images,
                 batch_sampler=keys,
                 num_workers=workers,
                 collate_fn=_collated,

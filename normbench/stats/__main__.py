@@ -173,18 +173,20 @@ def check_plan(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Read, test, print, write."""
-    from normbench.stats import tables
-    from normbench.stats.analysis import analyse
-    from normbench.stats.comparison import Options
     from normbench.stats.inputs import choose_metrics, read
     from normbench.stats.metrics import Metric
-    from normbench.stats.sequential import Looks
 
     inputs = arguments.inputs or ["outputs/adhoc"]
     asked = [Metric.of(text) for text in dict.fromkeys(arguments.metric)] if arguments.metric else None
     by = columns_of(arguments.by)
     sessions = read(inputs, asked, by, arguments.all)
     metrics = choose_metrics(sessions, asked)
+
+    from normbench.stats import tables  # these are dear, and what is read may be refused
+    from normbench.stats.analysis import analyse
+    from normbench.stats.comparison import Options
+    from normbench.stats.sequential import Looks
+
     looks = sessions.looks
     if arguments.look_every and looks:
         seen = f"{', '.join(map(str, looks.at))} of {looks.planned}"

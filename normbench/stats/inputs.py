@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,8 +16,10 @@ from normbench.identity import short_names
 from normbench.plan import Plan
 from normbench.results import COLUMNS, rebuild, session_folders
 from normbench.stats.metrics import Curve, Metric, read_curve, unknown
-from normbench.stats.sequential import Looks
 from normbench.values import Refused, nearest
+
+if TYPE_CHECKING:
+    from normbench.stats.sequential import Looks
 
 STUDY_FORMAT = {"Model No.": "session", "Time(s)": "total_time_s", "Accuracy": "test_acc"}
 NAMES = (
@@ -44,7 +46,7 @@ class Sessions:
     expected: dict[str, int] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     images: dict[str, dict[str, int]] = field(default_factory=dict)
-    looks: Looks | None = None
+    looks: "Looks | None" = None
     folder: Path | None = None
 
     @property
@@ -267,6 +269,8 @@ def within_plan(sessions: Sessions, study: Path, everything: bool) -> Sessions:
     }
     looks = plan.path.with_name(plan.path.name.replace("plan-", "looks-"))
     if looks.is_file():
+        from normbench.stats.sequential import Looks  # with SciPy, which no mistake should wait for
+
         sessions.looks = Looks.read(looks)
     if not everything:
         keep = [
