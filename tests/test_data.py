@@ -19,6 +19,7 @@ from torch.nn import functional
 from normbench.data import augment
 from normbench.data.loading import Data, load, steps_per_epoch
 from normbench.data.options import DatasetOptions
+from normbench.data.reading import read_images
 from normbench.data.streamed import _ignore_signals, resized
 from normbench.seeds import Seeds
 from normbench.values import Refused
@@ -147,6 +148,17 @@ def test_numbers_known_before_anything_is_opened() -> None:
 
 
 # the real sets held in memory
+
+
+def test_digits_are_scikit_learns_though_it_is_not_imported() -> None:
+    from sklearn.datasets import load_digits
+
+    bunch, (train, test) = load_digits(), read_images(options("digits"), "", CPU)
+    order = np.random.default_rng(0).permutation(1797)
+    images = np.rint(bunch.images[order] * 255 / 16).astype(np.uint8)
+    assert np.array_equal(torch.cat([train.images, test.images])[:, 0].numpy(), images)
+    assert torch.cat([train.labels, test.labels]).tolist() == bunch.target[order].tolist()
+    assert len(train.labels) == 1437
 
 
 @pytest.mark.data

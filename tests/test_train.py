@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from normbench import training
 from normbench.building import norm_layers_of
 from normbench.config import conf_dir
+from normbench.course import macro_f1
 from normbench.data.options import DatasetOptions
 from normbench.manifest import never_moved, observe
 from normbench.plan import Plan
@@ -69,6 +70,17 @@ def test_a_session_leaves_a_complete_row(train: Trainer, capsys: pytest.CaptureF
     said = capsys.readouterr().out
     assert "epoch 1  step 3/6" in said and "images/s" in said
     assert said.strip().splitlines()[-1] == f"results: {plan.folder / 'results.csv'}"
+
+
+def test_macro_f1_is_scikit_learns_to_the_bit() -> None:
+    from sklearn.metrics import f1_score
+
+    generator = torch.Generator().manual_seed(0)
+    for n, classes in ((1, 2), (5, 9), (40, 3), (64, 10), (360, 10), (500, 100)):
+        labels, guesses = (torch.randint(0, classes, (n,), generator=generator) for _ in range(2))
+        for predictions in (guesses, torch.zeros_like(labels), labels):
+            expected = f1_score(labels, predictions, average="macro", zero_division=0.0)
+            assert macro_f1(labels, predictions) == expected
 
 
 def test_the_loss_falls(train: Trainer) -> None:
