@@ -1,5 +1,6 @@
 """Shared by the tests: run a door in this process, plan without running."""
 
+import gc
 import io
 import os
 import pickle
@@ -28,6 +29,14 @@ Trainer = Callable[..., Plan]
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test writes below its own folder."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_old_is_garbage() -> None:
+    """What is there already is looked through no more: with torch's compiler imported one gc.collect() takes
+    half a second, and statsmodels asks for one in every correction, a worker after some sessions."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
