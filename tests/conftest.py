@@ -1,12 +1,20 @@
 """Shared by the tests: run a door in this process, plan without running."""
 
+import gc
+import io
+import os
+import pickle
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, flag_override
 
 from normbench import cli, sweep
 from normbench.config import conf_dir
@@ -21,6 +29,48 @@ Trainer = Callable[..., Plan]
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test writes below its own folder."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_old_is_garbage() -> None:
+    """What is there already is looked through no more: with torch's compiler imported one gc.collect() takes
+    half a second, and statsmodels asks for one in every correction, a worker after some sessions."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composed_once() -> Iterator[None]:
+    """Hydra composes the same overrides of unchanged files once for all tests of a process, and parses a
+    text once: two thirds of a small `train` command were spent there."""
+    compose, parse = ConfigLoaderImpl.load_configuration, OmegaConf.load
+    kept: dict[object, bytes] = {}
+
+    def parsed(file: Any) -> Any:
+        text = file.read() if hasattr(file, "read") else Path(file).read_text()
+        if text not in kept:
+            kept[text] = pickle.dumps(parse(io.StringIO(text)))
+        return pickle.loads(kept[text])
+
+    def composed(self: ConfigLoaderImpl, config_name: str, overrides: list[str], run_mode: RunMode,
+                 **more: bool) -> DictConfig:  # fmt: skip
+        folders = [at.path.removeprefix("file://") for at in self.config_search_path.get_path() if at.path]
+        files = [file for folder in folders for file in sorted(Path(folder).rglob("*.yaml"))]
+        stamps = [(str(file), (at := file.stat()).st_mtime_ns, at.st_size, at.st_ino) for file in files]
+        if run_mode == RunMode.MULTIRUN:
+            more.pop("validate_sweep_overrides", None)  # it refuses a sweep where none may be
+        key = repr((folders, stamps, config_name, overrides, run_mode, sorted(more.items())))
+        if key not in kept:
+            kept[key] = pickle.dumps(compose(self, config_name, overrides, run_mode, **more))
+        config: DictConfig = pickle.loads(kept[key])
+        with flag_override(config, ["struct", "readonly"], False):
+            config.hydra.runtime.cwd = os.getcwd()
+        return config
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConfigLoaderImpl, "load_configuration", composed)
+        patch.setattr(OmegaConf, "load", parsed)
+        yield
 
 
 def words(arguments: Sequence[str]) -> list[str]:

@@ -1,7 +1,5 @@
 """Reads the files, once per process: whole sets into uint8 tensors, folder sets into lists of paths."""
 
-import contextlib
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,25 +113,12 @@ def _digits() -> tuple[Images, Images]:
     They come without a split: the first 1437 of numpy's default_rng(0).permutation(1797) are ours for
     training, the other 360 for testing, both in that order.
     """
-    pixels, target = _digits_file()
-    order = np.random.default_rng(0).permutation(1797)
-    images = torch.from_numpy(np.rint(pixels[order] * 255 / 16).astype(np.uint8))[:, None]
-    labels = torch.from_numpy(target[order].astype(np.int64))
-    return Images(images[:1437], labels[:1437]), Images(images[1437:], labels[1437:])
-
-
-def _digits_file() -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """The digits (1797, 8, 8) and their labels, from scikit-learn's file: its import takes seconds."""
-    found = importlib.util.find_spec("sklearn")
-    for folder in (found and found.submodule_search_locations) or ():
-        with contextlib.suppress(OSError, ValueError):
-            table = np.loadtxt(Path(folder) / "datasets/data/digits.csv.gz", delimiter=",")
-            if table.shape == (1797, 65):
-                return table[:, :-1].reshape(-1, 8, 8), table[:, -1]
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
-    return bunch.images, bunch.target
+    bunch, order = load_digits(), np.random.default_rng(0).permutation(1797)
+    images = torch.from_numpy(np.rint(bunch.images[order] * 255 / 16).astype(np.uint8))[:, None]
+    labels = torch.from_numpy(bunch.target[order].astype(np.int64))
+    return Images(images[:1437], labels[:1437]), Images(images[1437:], labels[1437:])
 
 
 def _torchvision(options: DatasetOptions, data_dir: str) -> tuple[Images, Images]:
