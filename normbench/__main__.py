@@ -12,11 +12,12 @@ from normbench.values import nearest
 DOORS = {
     "train": "train one session, or a sweep of them",
     "audit": "check one norm layer, yours included, against the contract",
+    "bench": "how fast the layers, a step, the data, sweeps are: ratios with spread",
     "stats": "compare the arms of a study",
     "status": "what a sweep has done, is doing, has failed; time to go",
     "results": "rebuild results.csv from the sessions' own files",
 }
-HYDRA_DOORS = ("train", "audit")
+HYDRA_DOORS = ("train", "audit", "bench")
 
 
 def main() -> None:
