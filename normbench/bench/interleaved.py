@@ -106,10 +106,10 @@ def take_turns(sides: Mapping[str, Callable[[], Ready]], rounds: int) -> dict[st
             missing[name] = str(why)
     times: dict[str, dict[str, list[float]]] = {name: {} for name in ready}
     shuffle = random.Random(0)
-    for _ in range(rounds):
-        turn = [name for name in ready if name not in missing]
-        shuffle.shuffle(turn)
-        with no_collection():
+    with no_collection():
+        for _ in range(rounds):
+            turn = [name for name in ready if name not in missing]
+            shuffle.shuffle(turn)
             for name in turn:
                 try:
                     sample = ready[name].measure()

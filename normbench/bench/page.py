@@ -61,8 +61,8 @@ def head(run: Body) -> Iterator[str]:
     yield (
         f"Measured {run['made_at'][:10]} on {on}: {machine['device_name']}, {machine['cores']} cores, "
         f"threads={machine['threads']}; torch {machine['torch']}, torchvision {machine['torchvision']}, "
-        f"Python {machine['python']}, {machine['system']}. Allocator: {machine['allocator']}. Load average before: "
-        f"{machine['load_before']}. Commit {(machine['git_commit'] or 'unknown')[:10]}."
+        f"Python {machine['python']}, {machine['system']}. Allocator: {machine['allocator']}. "
+        f"Load average before: {machine['load_before']}. Commit {(machine['git_commit'] or 'unknown')[:10]}."
     )
     if not machine["cuda"]:
         yield ""

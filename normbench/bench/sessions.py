@@ -60,7 +60,7 @@ def tiny_session(bench: Bench, epochs: int) -> Sequence[str]:
     """A setting whose training takes less than a second."""
     return (
         "model=resnet9", "model.width=4", "dataset=digits", "dataset.train_subset=96",
-        "dataset.test_subset=96",         "batch.size=24", f"epochs={epochs}", "norm=obn", *bench.words,
+        "dataset.test_subset=96", "batch.size=24", f"epochs={epochs}", "norm=obn", *bench.words,
     )  # fmt: skip
 
 
