@@ -35,7 +35,7 @@ def test_a_wrong_door_is_one_line() -> None:
         ("normbench train norm=gh", ["norm=ghost"]),
         ("normbench audit norm=gh", ["norm=ghost"]),
         ("normbench audit norm=mbn norm.str", ["norm.stride="]),
-        ("normbench bench layer.str", ["layer.stride="]),
+        ("normbench bench rou", ["rounds="]),
         ("normbench train norm=mbn norm.str", ["norm.stride="]),
         ("normbench train dataset=ci", ["dataset=cifar10", "dataset=cifar100"]),
         ("normbench stats out", []),

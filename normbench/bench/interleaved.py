@@ -36,12 +36,17 @@ class Ready:
 
 @dataclass(frozen=True)
 class Side:
-    """What was measured of one side: part → seconds, one a round; or why nothing was."""
+    """What was measured of one side: part → seconds, one a round; or why nothing was.
+
+    `cpu_share` is this process's processor time over the time that passed: below its threads where others
+    worked beside it, or where the work was another's (a device's, a child's).
+    """
 
     times_s: Mapping[str, Sequence[float]]
     missing: str | None = None
     note: str = ""
     bytes_moved: Mapping[str, float] = field(default_factory=dict)
+    cpu_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,23 +110,27 @@ def take_turns(sides: Mapping[str, Callable[[], Ready]], rounds: int) -> dict[st
         except CannotRun as why:
             missing[name] = str(why)
     times: dict[str, dict[str, list[float]]] = {name: {} for name in ready}
+    passed, worked = dict.fromkeys(ready, 0.0), dict.fromkeys(ready, 0.0)
     shuffle = random.Random(0)
     with no_collection():
         for _ in range(rounds):
             turn = [name for name in ready if name not in missing]
             shuffle.shuffle(turn)
             for name in turn:
+                begun, began = time.process_time(), time.perf_counter()
                 try:
                     sample = ready[name].measure()
                 except CannotRun as why:
                     missing[name] = str(why)
                     continue
+                passed[name] += time.perf_counter() - began
+                worked[name] += time.process_time() - begun
                 for part, seconds in sample.items():
                     times[name].setdefault(part, []).append(seconds)
     return {
         name: Side({}, missing[name])
         if name in missing
-        else Side(times[name], None, ready[name].note, ready[name].bytes_moved)
+        else Side(times[name], None, ready[name].note, ready[name].bytes_moved, worked[name] / passed[name])
         for name in sides
     }
 

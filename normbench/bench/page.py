@@ -22,6 +22,7 @@ TITLES = {
     "sweep": "A small sweep",
     "session": "Whole sessions on CUDA",
 }
+CROWDED = 0.95  # of its processor
 METHOD = """\
 A side is one way to do a piece of work. All sides of a table take turns in one run: a round runs each once,
 in an order of its own, so that drift of the machine hits all alike. **×** is the time of the table's
@@ -33,12 +34,15 @@ than 30 ms is repeated within a sample. CUDA is timed by its events, the CPU by 
 a time says why."""
 LAYER_NOTE = f"""\
 `readable` is plain tensor operations, `fused` one operator of ours; `obn` is torch's own operator in our
-class and, like `{BN}`, the baseline. With ReLU, fused layers have it inside, the others eager behind them.
-*s=1* beside a strided layer is the × of the same layer without stride: what of its gain is fusion and not
-striding. *floor* is the time over that of as many copies of the tensor as an ideal batch norm's memory
-traffic (4 for both passes: 8 units, of which a copy is 2). *GB/s* counts what the layer has to read and
-write at least: 8 units, with statistics on a share f of the tensor 5 + 3f, with eager ReLU 5 more; a
-copy's, in the same run, is in each table's head. *large*: 32 MiB or more in float32."""
+class and, like `{BN}`, the baseline, so that its × shows the noise. With ReLU, fused layers have it inside,
+the others eager behind them. *s=1* beside a strided layer is the × of the same layer without stride: what
+of its gain is fusion and not striding. *floor* is the time over that of as many copies of the tensor as an
+ideal batch norm's memory traffic (4 for both passes: 8 units, of which a copy is 2). *GB/s* counts what the
+layer has to read and write at least: 8 units, with statistics on a share f of the tensor 5 + 3f, with eager
+ReLU 5 more; a copy's, in the same run, is in each table's head. *large*: 32 MiB or more in float32."""
+
+
+EMPTY: Body = {"groups": []}
 
 
 def page(run: Body) -> str:
@@ -64,6 +68,16 @@ def head(run: Body) -> Iterator[str]:
         f"Python {machine['python']}, {machine['system']}. Allocator: {machine['allocator']}. "
         f"Load average before: {machine['load_before']}. Commit {(machine['git_commit'] or 'unknown')[:10]}."
     )
+    if machine["threads"] == 1 and machine["device"] == "cpu":
+        # where this process itself computes
+        groups = [group for name in ("layer", "step") for group in run["suites"].get(name, EMPTY)["groups"]]
+        busy = sum(map(crowded, groups))
+        if busy:
+            yield ""
+            yield (
+                f"**Other work was running: in {busy} of {len(groups)} tables a side had less than {CROWDED:.0%} "
+                "of its processor. Measure again on a quiet machine.**"
+            )
     if not machine["cuda"]:
         yield ""
         yield "This machine has no CUDA device: **everything about CUDA is untested here.**"
@@ -77,6 +91,8 @@ def head(run: Body) -> Iterator[str]:
 def target_table(run: Body, suites: Collection[str] | None = None) -> Iterator[str]:
     """The targets, of all suites or of some, beside what was measured."""
     shown = [t for t in run["targets"] if suites is None or t["suite"] in suites]
+    if not shown:
+        return
     yield "## Targets"
     yield ""
     yield "Of several cases the worst stands here."
@@ -214,6 +230,12 @@ def line(group: Body, name: str, parts: Sequence[str], bytes_counted: bool) -> l
         first = side["parts"].get(parts[0]) if parts else None
         cells.append(f"{RATES[group['per']][0] / first['median_s']:,.4g}" if first else "")
     return [*cells, side["missing"] or side["note"]]
+
+
+def crowded(group: Body) -> bool:
+    """Whether other work took processor time from a side."""
+    shares = [side["cpu_share"] for side in group["sides"].values()]
+    return any(share is not None and share < CROWDED for share in shares)
 
 
 def speedup(part: Body, is_baseline: bool) -> str:

@@ -55,7 +55,8 @@ class Group:
     def side_body(self, name: str) -> Body:
         """One side: its parts with raw times and what follows from them, or the reason why there are none."""
         side = self.sides[name]
-        body: Body = {"missing": side.missing, "note": side.note, "parts": {}}
+        share = None if side.cpu_share is None else round(side.cpu_share, 3)
+        body: Body = {"missing": side.missing, "note": side.note, "cpu_share": share, "parts": {}}
         for part, times in side.times_s.items():
             spread = Spread.of(times)
             figures: Body = {"times_s": list(times), **{f"{k}_s": v for k, v in asdict(spread).items()}}
