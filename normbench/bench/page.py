@@ -75,8 +75,8 @@ def head(run: Body) -> Iterator[str]:
         if busy:
             yield ""
             yield (
-                f"**Other work was running: in {busy} of {len(groups)} tables a side had less than {CROWDED:.0%} "
-                "of its processor. Measure again on a quiet machine.**"
+                f"**Other work was running: in {busy} of {len(groups)} tables a side had less than "
+                f"{CROWDED:.0%} of its processor. Measure again on a quiet machine.**"
             )
     if not machine["cuda"]:
         yield ""
