@@ -12,11 +12,12 @@ from normbench.values import nearest
 DOORS = {
     "train": "train one session, or a sweep of them",
     "audit": "check one norm layer, yours included, against the contract",
+    "bench": "how fast the layers, a step, the data, sweeps are: ratios with spread",
     "stats": "compare the arms of a study",
     "status": "what a sweep has done, is doing, has failed; time to go",
     "results": "rebuild results.csv from the sessions' own files",
 }
-HYDRA_DOORS = ("train", "audit")
+HYDRA_DOORS = ("train", "audit", "bench")
 
 
 def main() -> None:
@@ -50,7 +51,7 @@ def complete(arguments: list[str]) -> None:
     elif len(words) < 2 or (len(words) == 2 and not os.environ["COMP_LINE"].endswith(" ")):
         print(" ".join(door for door in DOORS if door.startswith(words[1] if len(words) == 2 else "")))
     elif words[1] in HYDRA_DOORS:
-        typed = os.environ["COMP_LINE"].partition(words[1])[2]
+        typed = os.environ["COMP_LINE"].split(maxsplit=1)[1].removeprefix(words[1])
         os.environ["COMP_LINE"] = f"normbench{typed}"
         open_door(words[1], ["-sc", *arguments], "normbench")
 

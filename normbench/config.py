@@ -90,11 +90,11 @@ class Config:
 class Composer:
     """Composes and checks the configurations of one door; what `conf/` alone composes is its schema."""
 
-    def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
+    def __init__(self, loader: ConfigLoader, master: DictConfig, door: str | None = None) -> None:
         self.loader = loader
         self.hydra_overrides: list[str] = list(master.hydra.overrides.hydra)
-        self.door: str = master.hydra.job.config_name
-        self.groups = ("norm",) if self.door == "audit" else GROUPS
+        self.door: str = door or master.hydra.job.config_name
+        self.groups = {"audit": ("norm",), "bench": ()}.get(self.door, GROUPS)
         self.schemas: dict[tuple[tuple[str, str], ...], Values] = {}
         self.choices: dict[tuple[str, ...], dict[str, str]] = {}
 
@@ -175,9 +175,12 @@ class Composer:
                 )
         values = plain(cfg)
         schema = self.schema(self.packaged(values, choices))
-        judged_elsewhere = choices["norm"] == "custom" or not self.own("norm", choices["norm"])
+        judged_elsewhere = "norm" in choices and (
+            choices["norm"] == "custom" or not self.own("norm", choices["norm"])
+        )
         self.check(values, schema, skip="norm." if judged_elsewhere else None)
-        check_norm(values, choices)
+        if "norm" in choices:
+            check_norm(values, choices)
         if self.door == "train":
             check_world(values)
             check_together(values)

@@ -102,6 +102,20 @@ def layer_choice(key: str, value: Any) -> Any:
     return value if isinstance(value, list) else one_of(key, value, named)
 
 
+SUITES = ("layer", "step", "loader", "naive", "pack", "startup", "sweep", "session")  # of bench
+
+
+def words(*allowed: str) -> Rule:
+    """A list of these names, which may be empty."""
+
+    def check(key: str, value: Any) -> list[str]:
+        if not isinstance(value, list):
+            raise ValueError(f"{key} must be a list like [{allowed[0]}], got {value!r}")
+        return [one_of(key, item, allowed) for item in value]
+
+    return check
+
+
 RULES: dict[str, Rule] = {
     "stride": optional(positive_int),
     "epochs": optional(positive_int),
@@ -185,4 +199,34 @@ RULES: dict[str, Rule] = {
     "norm.iterations": optional(positive_int),
     "norm.radius_steps": positive_int,
     "norm.target": either("uniform", "gaussian"),
+    "suite": words(*SUITES, "all"),
+    "rounds": positive_int,
+    "process_rounds": positive_int,
+    "layer.model": list_of(either("resnet9", "resnet50", "dilated_cnn")),
+    "layer.shapes": either("some", "all"),
+    "layer.batch_size": optional(partial(int_from, low=2)),
+    "layer.layout": list_of(either("nchw", "nhwc")),
+    "layer.dtype": list_of(either("fp32", "bf16", "fp16")),
+    "layer.relu": list_of(flag),
+    "layer.impl": list_of(either("reference", "fused")),
+    "layer.stride": list_of(positive_int),
+    "layer.sample": list_of(either("stride", "rows", "batch")),
+    "step.batch_size": partial(int_from, low=2),
+    "step.stride": list_of(positive_int),
+    "loader.batch_size": positive_int,
+    "loader.workers": from_zero,
+    "naive.batch_size": partial(int_from, low=2),
+    "naive.images": positive_int,
+    "naive.stride": positive_int,
+    "naive.workers": from_zero,
+    "pack.together": optional(partial(int_from, low=2)),
+    "pack.batch_size": partial(int_from, low=2),
+    "pack.steps": partial(int_from, low=2),
+    "pack.slots": positive_int,
+    "pack.precision": list_of(either("fp32", "bf16")),
+    "startup.sessions": partial(int_from, low=2),
+    "startup.fresh": positive_int,
+    "sweep.sessions": partial(int_from, low=2),
+    "sweep.fresh": positive_int,
+    "sweep.epochs": positive_int,
 }

@@ -15,7 +15,7 @@ def normbench(*arguments: str, **environment: str) -> subprocess.CompletedProces
 
 def test_help_lists_the_doors() -> None:
     said = normbench().stdout
-    assert all(f"\n  {door} " in said for door in ("train", "audit", "stats", "status", "results"))
+    assert all(f"\n  {door} " in said for door in ("train", "audit", "bench", "stats", "status", "results"))
 
 
 def test_a_wrong_door_is_one_line() -> None:
@@ -23,18 +23,19 @@ def test_a_wrong_door_is_one_line() -> None:
     assert done.returncode == 2 and done.stdout == ""
     assert (
         done.stderr == "normbench: no door 'trian'; did you mean 'train'?; "
-        "there are train, audit, stats, status, results\n"
+        "there are train, audit, bench, stats, status, results\n"
     )
 
 
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("normbench ", ["train", "audit", "stats", "status", "results"]),
+        ("normbench ", ["train", "audit", "bench", "stats", "status", "results"]),
         ("normbench tr", ["train"]),
         ("normbench train norm=gh", ["norm=ghost"]),
         ("normbench audit norm=gh", ["norm=ghost"]),
         ("normbench audit norm=mbn norm.str", ["norm.stride="]),
+        ("normbench bench rou", ["rounds="]),
         ("normbench train norm=mbn norm.str", ["norm.stride="]),
         ("normbench train dataset=ci", ["dataset=cifar10", "dataset=cifar100"]),
         ("normbench stats out", []),
