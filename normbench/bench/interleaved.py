@@ -4,6 +4,7 @@ import contextlib
 import gc
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -105,6 +106,7 @@ def take_turns(sides: Mapping[str, Callable[[], Ready]], rounds: int) -> dict[st
     ready: dict[str, Ready] = {}
     missing: dict[str, str] = {}
     for name, prepare in sides.items():
+        progress(f"preparing {name}")
         try:
             ready[name] = prepare()
         except CannotRun as why:
@@ -113,7 +115,8 @@ def take_turns(sides: Mapping[str, Callable[[], Ready]], rounds: int) -> dict[st
     passed, worked = dict.fromkeys(ready, 0.0), dict.fromkeys(ready, 0.0)
     shuffle = random.Random(0)
     with no_collection():
-        for _ in range(rounds):
+        for done in range(rounds):
+            progress(f"round {done + 1} of {rounds}, {len(ready)} sides")
             turn = [name for name in ready if name not in missing]
             shuffle.shuffle(turn)
             for name in turn:
@@ -127,12 +130,19 @@ def take_turns(sides: Mapping[str, Callable[[], Ready]], rounds: int) -> dict[st
                 worked[name] += time.process_time() - begun
                 for part, seconds in sample.items():
                     times[name].setdefault(part, []).append(seconds)
+    progress("")
     return {
         name: Side({}, missing[name])
         if name in missing
         else Side(times[name], None, ready[name].note, ready[name].bytes_moved, worked[name] / passed[name])
         for name in sides
     }
+
+
+def progress(line: str) -> None:
+    """What is being done, to a person at a terminal; the next line takes its place."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from functools import partial
 
 from normbench.bench import commands
 from normbench.bench.bench import Bench
-from normbench.bench.interleaved import Ready, Sample, take_turns
+from normbench.bench.interleaved import CannotRun, Ready, Sample, take_turns
 from normbench.bench.record import Group
 
 
@@ -44,5 +44,8 @@ def session_step(
         "epochs=2", "norm=obn", f"precision={precision}", f"session=range({slots * together})", *jobs,
         *overrides, *bench.words,
     )  # fmt: skip
+    packs = {int(session.row["pack"]) for session in done.sessions}
+    if overrides and packs != {together}:
+        raise CannotRun(f"not packed: its rows say pack={', '.join(map(str, sorted(packs)))}")
     seconds = sum(sum(session.epochs_s) / int(session.row["pack"]) for session in done.sessions)
     return {"step": seconds / (len(done.sessions) * 2 * (images // size))}
