@@ -112,27 +112,35 @@ def test_a_fresh_process_after_so_many_sessions(train: Trainer, monkeypatch: pyt
     assert len([words for words in started if "normbench.worker" in words]) == 2
 
 
+CRASHES = {  # norm → what its forward pass does in a worker, and what is written down
+    "segfault": ("os.kill(os.getpid(), signal.SIGSEGV)",
+                 "failed: killed by SIGSEGV; it has no checkpoint yet"),
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)",
+               "interrupted: killed by SIGKILL: by the system when memory"),
+    "exits": ("os._exit(7)", "failed: the process ended with code 7"),
+    "raises": ("raise MemoryError", "failed: MemoryError"),
+    "leaves": ("raise SystemExit(0)", "failed: SystemExit"),
+}  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("does", "says"),
-    [
-        ("os.kill(os.getpid(), signal.SIGSEGV)", "failed: killed by SIGSEGV; it has no checkpoint yet"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "interrupted: killed by SIGKILL: by the system when memory"),
-        ("os._exit(7)", "failed: the process ended with code 7"),
-        ("raise MemoryError", "failed: MemoryError"),
-        ("raise SystemExit(0)", "failed: SystemExit"),
-    ],
-)
-def test_a_crash_harms_no_other_session(train: Trainer, stranger: Stranger, does: str, says: str) -> None:
-    plan = train(*stranger(does), "session=0", *ONE, SLOT, fails=1)
+def test_a_crash_harms_no_other_session(train: Trainer, stranger: Stranger) -> None:
+    """All kinds in one command: each is also one of those that the others must not harm."""
+    arms = stranger("pass", norm=f"obn,{','.join(CRASHES)}")
+    layers = [
+        LAYER.replace("Layer", norm).format(does=does, here=False) for norm, (does, _) in CRASHES.items()
+    ]
+    Path("stranger.py").write_text("".join(layers))
+    for norm in CRASHES:
+        Path(f"mine/norm/{norm}.yaml").write_text(f"_target_: stranger.{norm}\n_partial_: true\n")
+    Path("stranger.py").write_text(layers)
+    plan = train(*arms, "session=0", *ONE, SLOT, fails=1)
     said = failures(Path("outputs"))
-    assert said.keys() == {"stranger s0"}
-    assert all(line.startswith(says) for line in said.values()), said
+    assert said.keys() == {f"{norm} s0" for norm in CRASHES}
+    assert all(said[f"{norm} s0"].startswith(says) for norm, (_, says) in CRASHES.items()), said
     table = pd.read_csv(plan.folder / "results.csv")
-    assert table.groupby("norm")["status"].agg(set).to_dict() == {
-        "obn": {"ok"},
-        "stranger": {says.partition(":")[0]},
-    }
+    ends = {norm: {says.partition(":")[0]} for norm, (_, says) in CRASHES.items()}
+    assert table.groupby("norm")["status"].agg(set).to_dict() == {"obn": {"ok"}, **ends}
 
 
 @pytest.mark.slow
