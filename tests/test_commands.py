@@ -22,6 +22,7 @@ def printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     return capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.slow
 def test_every_line_is_a_command_that_trains_its_part(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, train: Trainer
 ) -> None:

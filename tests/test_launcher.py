@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import Trainer
+from forked import together
 from rows import assert_same_sessions, begin, command, epochs_of, folders_of, rows_in, until, workers_in
 
 from normbench import claim as claims
@@ -111,27 +112,35 @@ def test_a_fresh_process_after_so_many_sessions(train: Trainer, monkeypatch: pyt
     assert len([words for words in started if "normbench.worker" in words]) == 2
 
 
+CRASHES = {  # norm → what its forward pass does in a worker, and what is written down
+    "segfault": ("os.kill(os.getpid(), signal.SIGSEGV)",
+                 "failed: killed by SIGSEGV; it has no checkpoint yet"),
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)",
+               "interrupted: killed by SIGKILL: by the system when memory"),
+    "exits": ("os._exit(7)", "failed: the process ended with code 7"),
+    "raises": ("raise MemoryError", "failed: MemoryError"),
+    "leaves": ("raise SystemExit(0)", "failed: SystemExit"),
+}  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("does", "says"),
-    [
-        ("os.kill(os.getpid(), signal.SIGSEGV)", "failed: killed by SIGSEGV; it has no checkpoint yet"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "interrupted: killed by SIGKILL: by the system when memory"),
-        ("os._exit(7)", "failed: the process ended with code 7"),
-        ("raise MemoryError", "failed: MemoryError"),
-        ("raise SystemExit(0)", "failed: SystemExit"),
-    ],
-)
-def test_a_crash_harms_no_other_session(train: Trainer, stranger: Stranger, does: str, says: str) -> None:
-    plan = train(*stranger(does), "session=0", *ONE, SLOT, fails=1)
+def test_a_crash_harms_no_other_session(train: Trainer, stranger: Stranger) -> None:
+    """All kinds in one command: each is also one of those that the others must not harm."""
+    arms = stranger("pass", norm=f"obn,{','.join(CRASHES)}")
+    layers = [
+        LAYER.replace("Layer", norm).format(does=does, here=False) for norm, (does, _) in CRASHES.items()
+    ]
+    Path("stranger.py").write_text("".join(layers))
+    for norm in CRASHES:
+        Path(f"mine/norm/{norm}.yaml").write_text(f"_target_: stranger.{norm}\n_partial_: true\n")
+    Path("stranger.py").write_text(layers)
+    plan = train(*arms, "session=0", *ONE, SLOT, fails=1)
     said = failures(Path("outputs"))
-    assert said.keys() == {"stranger s0"}
-    assert all(line.startswith(says) for line in said.values()), said
+    assert said.keys() == {f"{norm} s0" for norm in CRASHES}
+    assert all(said[f"{norm} s0"].startswith(says) for norm, (_, says) in CRASHES.items()), said
     table = pd.read_csv(plan.folder / "results.csv")
-    assert table.groupby("norm")["status"].agg(set).to_dict() == {
-        "obn": {"ok"},
-        "stranger": {says.partition(":")[0]},
-    }
+    ends = {norm: {says.partition(":")[0]} for norm, (_, says) in CRASHES.items()}
+    assert table.groupby("norm")["status"].agg(set).to_dict() == {"obn": {"ok"}, **ends}
 
 
 @pytest.mark.slow
@@ -160,7 +169,9 @@ def test_a_session_that_takes_too_long_has_failed(train: Trainer, stranger: Stra
     assert not workers_in(Path.cwd())
 
 
-@pytest.mark.parametrize("extra", [[], [SLOTS]], ids=["here", "slots"])
+@pytest.mark.parametrize(
+    "extra", [pytest.param([], id="here"), pytest.param([SLOTS], id="slots", marks=pytest.mark.slow)]
+)
 def test_fail_fast_stops_at_the_first(train: Trainer, stranger: Stranger, extra: list[str]) -> None:
     arms = stranger("raise RuntimeError('no')", here=True, norm="stranger")
     train(*arms, "session=range(8)", *TINY, "fail_fast=true", *extra, fails=1)
@@ -332,11 +343,10 @@ def test_forty_sessions_survive_a_killer(train: Trainer) -> None:
 def test_sixteen_commands_at_once_run_every_session_once(train: Trainer) -> None:
     sweep = ["norm=obn,mbn", "session=range(20)", *TINY]
     plan = train(*sweep, "out=whole")
-    commands = [begin(*sweep, "out=crowd") for _ in range(16)]
-    said = [running.communicate(timeout=300) for running in commands]
-    assert [running.returncode for running in commands] == [0] * 16, [errors for _, errors in said if errors]
+    commands = together(*[["normbench.train", *sweep, "out=crowd"]] * 16)
+    assert [done.returncode for done in commands] == [0] * 16, [done.stderr for done in commands]
     assert_same_sessions(Path("whole"), Path("crowd"))
-    finished = [line for out, _ in said for line in out.splitlines() if ": ok, " in line]
+    finished = [line for done in commands for line in done.stdout.splitlines() if ": ok, " in line]
     assert len(finished) == 40 == len(set(finished)) == rows_in(Plan.newest(Path("crowd/adhoc")) or plan)
     assert all(len(epochs_of(folder)) == 3 for folder in folders_of(Path("crowd")).values())
 
@@ -431,6 +441,7 @@ def test_what_a_looked_at_wave_lacks_is_run_before_the_next(
     assert (folder / "session.json").is_file()
 
 
+@pytest.mark.slow
 def test_no_look_while_a_session_runs_elsewhere(train: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = ["norm=obn,nn", "session=range(6)", *ONE, "stop_when_decided=true"]
     first = train("norm=obn,nn", "session=0", *ONE)
@@ -514,7 +525,10 @@ def test_a_worker_finds_its_sessions_from_anywhere(train: Trainer) -> None:
     assert plan.finished(plan.sessions[1]) and not list(Path("elsewhere").iterdir())
 
 
-@pytest.mark.parametrize("out", ["back\\slash", "it's", "a,b", "ü ñ", "a=b", "trailing\\"])
+NAMES = ["back\\slash", "it's", "a,b", "ü ñ", "a=b", "trailing\\"]
+
+
+@pytest.mark.parametrize("out", [NAMES[0], *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES[1:])])
 def test_any_folder_name_will_do(train: Trainer, out: str) -> None:
     words = out.replace("\\", "\\\\") if out.endswith("\\") else out
     quoted = words.replace("'", "\\'")

@@ -380,7 +380,7 @@ def test_what_a_clock_or_a_signal_says_is_agreed_on(together: list[Result]) -> N
 # the command
 
 
-RUN = [*TINY, "norm=bn", "model.dropout=0.1", "epochs=60", "eval_every=10epochs",
+RUN = [*TINY, "norm=bn", "model.dropout=0.1", "epochs=30", "eval_every=10epochs",
        "save_model=true", "tensorboard=false"]  # fmt: skip
 CLOCK = ("_time_s", "_at", "images_per_s", "peak_memory_mib", "time_mean_s", "epochs_timed")
 
@@ -437,7 +437,7 @@ def without_clock(row: dict[str, str]) -> dict[str, str]:
 def test_a_killed_session_of_two_ranks_ends_with_the_bits_of_an_undisturbed_one(tmp_path: Path) -> None:
     whole = Launch(tmp_path / "whole", *RUN)
     said = whole.end(0)
-    assert said.count("epoch 60 ") == 1 and said.count("results: ") == 1
+    assert said.count("epoch 30 ") == 1 and said.count("results: ") == 1
     row = the_row(tmp_path / "whole")
     assert list(row) == COLUMNS
     assert (row["status"], row["batch_size"], row["slots"], row["steps"]) == ("ok", "24", "2", "")
@@ -459,7 +459,7 @@ def test_a_killed_session_of_two_ranks_ends_with_the_bits_of_an_undisturbed_one(
         with (session / "epochs.csv").open() as file:
             epochs.append([without_clock(row) for row in csv.DictReader(file)])
         weights.append(torch.load(session / "model.pt"))
-    assert len(epochs[0]) == 60 and epochs[0] == epochs[1]
+    assert len(epochs[0]) == 30 and epochs[0] == epochs[1]
     assert_same_bits(weights[0], weights[1])
 
 

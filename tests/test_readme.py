@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import in_turn
 
 from normbench.config import conf_dir
 
@@ -50,10 +51,10 @@ def shrink(command: str) -> list[str]:
 @pytest.mark.data
 def test_the_readmes_commands_run(checkout: Path) -> None:
     assert len(DOORS) >= 6
-    for command in DOORS:
-        words = shrink(command)
-        done = subprocess.run([sys.executable, *words], cwd=checkout, capture_output=True, text=True)
-        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
+    commands = [shrink(command) for command in DOORS]
+    assert {words[0] for words in commands} == {"-m"}
+    for done in in_turn(*(words[1:] for words in commands), cwd=checkout):
+        assert done.returncode == 0, f"{' '.join(done.args)}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
 
 

@@ -101,7 +101,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize(
-    "extra", [pytest.param(w, id=" ".join(w), marks=[] if w in WAYS[:2] else pytest.mark.slow) for w in WAYS]
+    "extra", [pytest.param(w, id=" ".join(w), marks=[] if w in WAYS[:1] else pytest.mark.slow) for w in WAYS]
 )
 def test_a_cut_off_session_ends_as_if_it_had_not_been(
     train: Trainer, killed: Any, extra: tuple[str, ...]
@@ -122,7 +122,7 @@ def test_every_norm_goes_on_with_the_same_bits(train: Trainer, killed: Any, norm
     assert_same(whole, train(*command, "out=cut"))
 
 
-@pytest.mark.parametrize("at", [4, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 11))])
+@pytest.mark.parametrize("at", [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4, 11))])
 def test_inside_an_epoch_too(train: Trainer, killed: Any, monkeypatch: pytest.MonkeyPatch, at: int,
                              capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     monkeypatch.setattr(checkpoint.Checkpoints, "due", lambda self, epoch_ended: True)
@@ -174,7 +174,9 @@ def test_a_finished_session_keeps_its_checkpoint_only_on_request(train: Trainer)
         assert (plan.session_folder(plan.sessions[0]) / checkpoint.NEWEST).is_file() is keep
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "foreign"])
+@pytest.mark.parametrize(
+    "damage", ["flip", *(pytest.param(d, marks=pytest.mark.slow) for d in ("cut", "empty", "foreign"))]
+)
 def test_a_damaged_checkpoint_is_said_and_the_one_before_serves(
     train: Trainer, killed: Any, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +197,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_serves(
     assert_same(whole, resumed)
 
 
+@pytest.mark.slow
 def test_without_a_whole_checkpoint_a_session_starts_again(train: Trainer, killed: Any) -> None:
     whole = train(*TINY, "out=whole")
     killed(*TINY, "out=cut", at=10)
@@ -203,6 +206,7 @@ def test_without_a_whole_checkpoint_a_session_starts_again(train: Trainer, kille
     assert_same(whole, train(*TINY, "out=cut"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_code_is_said_and_the_session_starts_again(
     train: Trainer, killed: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,7 +91,7 @@ def test_the_same_command_twice_gives_identical_rows(train: Trainer) -> None:
 @pytest.mark.parametrize(
     ("norm", "optim"),
     [
-        pytest.param(n, o, marks=[] if n in ("obn", "mbn", "bin") and o == "sgd" else pytest.mark.slow)
+        pytest.param(n, o, marks=[] if n in ("obn", "mbn") and o == "sgd" else pytest.mark.slow)
         for n in NORMS
         for o in (["sgd", "adam"] if n in STUDIED else ["sgd"])
     ],
@@ -125,6 +125,7 @@ def test_norms_share_first_batch_and_convolution_weights_bit_for_bit(plan_of: Tr
         assert all(torch.equal(w, kernels[0][name]) for name, w in other.items())
 
 
+@pytest.mark.slow
 def test_sixty_sessions_make_sixty_interleaved_rows(train: Trainer) -> None:
     tiny = ["model.width=2", "dataset.train_subset=32", "dataset.test_subset=32", "steps=1", "threads=1"]
     plan = train("norm=obn,mbn", "session=range(30)", *tiny, "tensorboard=false")
@@ -178,6 +179,7 @@ def test_a_session_cut_off_while_it_started_is_run_again(train: Trainer) -> None
     assert row_of(plan)["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_stats_reads_the_plan_of_the_last_command(train: Trainer) -> None:
     first = train("norm=obn,bn", *TINY)
     other = train("norm=ln", *TINY)
@@ -319,6 +321,7 @@ def test_a_strangers_layer_starts_every_session_afresh(
     assert torch.equal(starts[0], starts[2]) and not torch.equal(starts[0], starts[1])
 
 
+@pytest.mark.slow
 def test_options_that_act_draw_no_warning(train: Trainer) -> None:
     acting = {
         "mbn": ["norm.affine_impl=vector", "norm.train_affine=false", "norm.stored_var=biased", "stride=2"],
@@ -379,7 +382,7 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("extra", WAYS)
+@pytest.mark.parametrize("extra", [*WAYS[:2], *(pytest.param(w, marks=pytest.mark.slow) for w in WAYS[2:])])
 def test_the_ways_to_train_all_train(train: Trainer, extra: str) -> None:
     plan = train("norm=mbn", "stride=2", *TINY, extra)
     assert row_of(plan)["status"] == "ok" and row_of(plan)["warnings"] == ""
