@@ -91,7 +91,8 @@ class GraphedStep:
         at_y.copy_(y)
         try:
             self.forget()
-            outputs, replay = self.capture(lambda: self.gradients(at_x, at_y))
+            with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # nothing on the CPU
+                outputs, replay = self.capture(lambda: self.gradients(at_x, at_y))
             grads = [p.grad for p in self.parameters]
             made = Recording(at_x, at_y, outputs, grads, replay)
             runs: list[Callable[[], Outputs]]

@@ -538,3 +538,15 @@ def test_options_and_layers_have_accessors(plan_of: Trainer) -> None:
     ready = prepared(plan)
     assert len(norm_layers_of(ready.model)) == 8
     assert DatasetOptions.from_mapping(plan.arms[0].values["dataset"]).train_samples == 96
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_macro_f1_is_scikit_learns(seed: int) -> None:
+    from sklearn.metrics import f1_score
+
+    from normbench.course import macro_f1
+
+    torch.manual_seed(seed)
+    labels, predictions = torch.randint(0, 9, (50,)), torch.randint(2, 12, (50,))  # some in one only
+    expected = f1_score(labels, predictions, average="macro", zero_division=0.0)
+    assert macro_f1(labels, predictions) == pytest.approx(expected, rel=1e-12)
