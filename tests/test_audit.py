@@ -144,6 +144,7 @@ def door(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_the_door_prints_cards_and_writes_them(tmp_path: Path):
     done = door("norm=mbn,bn", "json=cards/two.json")
     assert done.returncode == 0, done.stderr

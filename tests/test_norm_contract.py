@@ -32,13 +32,9 @@ OTHER_STARTS = {"grn"}
 FIRST = (
     "obn",
     "mbn",
-    "mbn_rows",
     "brnc",
-    "bnwos",
     "bin",
     "gn",
-    "sync_bn",
-    "switchable",
     "iternorm",
     "pit_uniform",
     "dyt",
