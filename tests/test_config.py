@@ -251,8 +251,10 @@ def test_a_setting_keeps_its_name_when_a_null_or_false_key_is_added(plan_of: Pla
 
 
 def test_a_setting_keeps_its_name_when_a_key_with_a_worded_default_is_added(plan_of: Planner) -> None:
-    recorded = plan_of("norm=mbn", "stride=4").arms[0]
-    assert recorded.setting == "mbn-stride4-resnet9-digits-4c38c049d3", "as before norm.sample was there"
+    recorded = plan_of("norm=mbn", "stride=4", "norm.impl=reference").arms[0]
+    assert recorded.config_hash == "4c38c049d3", "as before norm.sample was there, and before impl=auto"
+    bn = plan_of("norm=bn", "steps=1", "model.width=4").arms[0]
+    assert bn.config_hash == "df46808589", "as before norm.impl was there"
     rows = plan_of("norm=mbn", "stride=4", "norm.sample=rows").arms[0]
     assert rows.config_hash != recorded.config_hash
     assert rows.arm == "mbn-stride4-samplerows-resnet9-digits"

@@ -249,11 +249,16 @@ def test_the_manifest_names_the_operators_that_ran(train: Trainer) -> None:
 
 
 def test_strided_statistics_really_run_on_the_sample(train: Trainer) -> None:
-    plan = train("norm=mbn", "stride=1,2", *TINY)
-    ops = [document_of(plan, arm)["manifest"]["norm_layers"][0]["ops"]["forward"] for arm in (0, 1)]
-    assert "aten.convolution" in ops[0]
-    assert ops[0] != ops[1] or row_of(plan, 0)["train_loss"] != row_of(plan, 1)["train_loss"]
-    assert row_of(plan, 0)["train_loss"] != row_of(plan, 1)["train_loss"]
+    plan = train("norm=mbn", "stride=1,2", "norm.impl=reference,auto", *TINY)
+    layers = [document_of(plan, arm)["manifest"]["norm_layers"][0] for arm in range(4)]
+    impls = [json.loads(row_of(plan, arm)["norm_options"])["impl"] for arm in range(4)]
+    for layer, impl in zip(layers, impls, strict=True):
+        ran = "aten.convolution" if impl == "reference" else "normbench.batch_norm"
+        assert ran in layer["ops"]["forward"] and layer["fused"] == (impl == "auto")
+    losses = {(impls[arm], row_of(plan, arm)["stride"]): row_of(plan, arm)["train_loss"] for arm in range(4)}
+    for stride in (1, 2):  # equal but for rounding, and no stride is another's
+        assert losses["reference", stride] == pytest.approx(losses["auto", stride], rel=1e-3)
+    assert losses["auto", 1] != pytest.approx(losses["auto", 2], rel=1e-4)
 
 
 STRANGERS = '''

@@ -22,9 +22,9 @@
 
 namespace {
 
-constexpr int64_t kTile = 1024;       // values of a map that are worked on at a time: they stay in L1
-constexpr int64_t kBlock = 256;       // pixels added up together, channels last
-constexpr int64_t kTogether = 4;      // neighbouring pixels that share one addition to the sums
+constexpr int64_t kTile = 1024;       // values of a map that are measured at a time: they stay in L1
+constexpr int64_t kChunk = 256;       // values of a map that are computed before they are written
+constexpr int64_t kBlock = 512;       // pixels added up together, channels last
 constexpr int64_t kAhead = 256;       // values between what is read and what is fetched for later
 constexpr int64_t kLarge = 4 << 20;   // bytes: larger results are written past the cache
 
@@ -116,14 +116,30 @@ struct Shape {
   template <class T> bool large() const { return pixels() * c * int64_t(sizeof(T)) > kLarge; }
 };
 
-// Moments of parts joined to those of the whole; `squares` are summed about the mean.
+// Moments of parts that hold equally many values of every channel, joined one part after the other.
 struct Moments {
-  double count = 0, mean = 0, squares = 0;
-  void join(double n, double other_mean, double other_squares) {
-    const double all = count + n, away = other_mean - mean;
-    mean += away * n / all;
-    squares += other_squares + away * away * count * n / all;
-    count = all;
+  double count = 0;
+  std::vector<double> mean, squares;  // per channel; squares are summed about the mean
+  explicit Moments(int64_t c) : mean(c, 0.0), squares(c, 0.0) {}
+  // part(channel, its mean, its squares) of n values each
+  template <class Part> void join(double n, Part part) {
+    const double share = n / (count + n), weight = count * share;
+    const int64_t c = mean.size();
+#pragma omp simd
+    for (int64_t j = 0; j < c; ++j) {
+      double other_mean, other_squares;
+      part(j, other_mean, other_squares);
+      const double away = other_mean - mean[j];
+      mean[j] += away * share;
+      squares[j] += other_squares + away * away * weight;
+    }
+    count += n;
+  }
+  template <class A> void write(A* to_mean, A* to_var) const {
+    for (size_t j = 0; j < mean.size(); ++j) {
+      to_mean[j] = A(mean[j]);
+      to_var[j] = A(squares[j] / count);
+    }
   }
 };
 
@@ -142,62 +158,49 @@ template <class A> struct Losses {
 
 // ---- channels last: the C values of a pixel lie together -------------------------------------------------
 
-template <int pixels, class T, class A>
-inline void add_pixels(const T* x, int64_t apart, int64_t c, const A* shift, A* first, A* second) {
-#pragma omp simd
-  for (int64_t j = 0; j < c; ++j) {
-    A one = 0, two = 0;
-    for (int p = 0; p < pixels; ++p) {
-      const A v = widen(x[p * apart + j]) - shift[j];
-      one += v;
-      two += v * v;
-    }
-    first[j] += one;
-    second[j] += two;
-  }
-}
-
-// Blocks of pixels by two sums about a value near their mean, the average of up to four of them.
+// Blocks of pixels by two sums about a value near their mean, the average of their first sixteen.
 template <class T, class A> void measure_last(const T* x, const Shape& s, A* mean, A* var, int threads) {
-  const int64_t c = s.c, columns = s.columns(), apart = s.sw * c, ahead = (kAhead / c + kTogether) * apart;
+  const int64_t c = s.c, columns = s.columns(), apart = s.sw * c, ahead = (kAhead / c + 1) * apart;
   std::vector<int64_t> rows;
   for (int64_t row = 0; row < s.rows(); ++row)
     if (s.row_sampled(row)) rows.push_back(row);
   const int64_t all = rows.size(), per_block = std::max<int64_t>(1, kBlock / columns);
   const int64_t blocks = (all + per_block - 1) / per_block;
-  std::vector<A> shift(blocks * c, A(0)), first(blocks * c, A(0)), second(blocks * c, A(0));
+  std::vector<A> sums(blocks * 3 * c, A(0));  // of a block: the value near the mean, then the two sums
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t begin = block * per_block, end = std::min(all, begin + per_block);
-    const int64_t here = (end - begin) * columns, probes = std::min<int64_t>(4, here);
-    A *near = shift.data() + block * c, *one = first.data() + block * c, *two = second.data() + block * c;
+    const int64_t here = (end - begin) * columns, probes = std::min<int64_t>(16, here);
+    A *near = sums.data() + block * 3 * c, *one = near + c, *two = one + c;
     for (int64_t i = 0; i < probes; ++i) {
-      const int64_t at = i * here / probes;
-      const T* pixel = x + rows[begin + at / columns] * s.w * c + at % columns * apart;
+      const T* pixel = x + rows[begin + i / columns] * s.w * c + i % columns * apart;
 #pragma omp simd
-      for (int64_t j = 0; j < c; ++j) near[j] += widen(pixel[j]) / A(probes);
+      for (int64_t j = 0; j < c; ++j) near[j] += widen(pixel[j]) * (A(1) / A(probes));
     }
     for (int64_t at = begin; at < end; ++at) {
       const T* pixel = x + rows[at] * s.w * c;
-      int64_t left = columns;
-      for (; left >= kTogether; left -= kTogether, pixel += kTogether * apart) {
-        if (s.sw > 1)
-          for (int p = 0; p < kTogether; ++p) fetch(pixel + p * apart + ahead, c);
-        add_pixels<kTogether>(pixel, apart, c, near, one, two);
+      for (int64_t column = 0; column < columns; ++column, pixel += apart) {
+        if (s.sw > 1) fetch(pixel + ahead, c);
+#pragma omp simd
+        for (int64_t j = 0; j < c; ++j) {
+          const A v = widen(pixel[j]) - near[j];
+          one[j] += v;
+          two[j] += v * v;
+        }
       }
-      for (; left > 0; --left, pixel += apart) add_pixels<1>(pixel, apart, c, near, one, two);
     }
   }
-  for (int64_t j = 0; j < c; ++j) {
-    Moments whole;
-    for (int64_t block = 0; block < blocks; ++block) {
-      const double n = double((std::min(all, (block + 1) * per_block) - block * per_block) * columns);
-      const double away = first[block * c + j] / n;
-      whole.join(n, shift[block * c + j] + away, std::max(0.0, second[block * c + j] - away * away * n));
-    }
-    mean[j] = A(whole.mean);
-    var[j] = A(whole.squares / whole.count);
+  Moments whole(c);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const double n = double((std::min(all, (block + 1) * per_block) - block * per_block) * columns);
+    const A *near = sums.data() + block * 3 * c, *one = near + c, *two = one + c;
+    whole.join(n, [=](int64_t j, double& its_mean, double& its_squares) {
+      const double away = one[j] / n, squares = two[j] - away * away * n;
+      its_mean = near[j] + away;
+      its_squares = squares > 0 ? squares : 0;
+    });
   }
+  whole.write(mean, var);
 }
 
 template <bool relu, class T, class A>
@@ -219,22 +222,16 @@ void apply_last(const T* x, T* y, const Shape& s, const A* mean, const A* scale,
   }
 }
 
-// Adds pixels that lie side by side to S and Q; with `off_sample` it writes their dx too.
-template <int pixels, bool relu, bool off_sample, class T, class A>
-inline void sum_pixels(const T* dy, const T* x, T* dx, int64_t c, const A* mean, const A* scale, const A* bias,
-                       A* S, A* Q) {
+// Adds a pixel to S and Q; with `off_sample` it writes its dx too.
+template <bool relu, bool off_sample, class T, class A>
+inline void sum_pixel(const T* dy, const T* x, T* dx, int64_t c, const A* mean, const A* scale, const A* bias, A* S,
+                      A* Q) {
 #pragma omp simd
   for (int64_t j = 0; j < c; ++j) {
-    A one = 0, two = 0;
-    for (int p = 0; p < pixels; ++p) {
-      const A away = widen(x[p * c + j]) - mean[j];
-      const A g = gated<relu>(widen(dy[p * c + j]), away, scale[j], bias[j]);
-      one += g;
-      two += g * away;
-      if (off_sample) narrow(g * scale[j], dx[p * c + j]);
-    }
-    S[j] += one;
-    Q[j] += two;
+    const A away = widen(x[j]) - mean[j], g = gated<relu>(widen(dy[j]), away, scale[j], bias[j]);
+    S[j] += g;
+    Q[j] += g * away;
+    if (off_sample) narrow(g * scale[j], dx[j]);
   }
 }
 
@@ -244,30 +241,24 @@ void backward_last(const T* dy, const T* x, T* dx, const Shape& s, const A* mean
   const int64_t c = s.c, rows = s.rows(), per_block = std::max<int64_t>(1, kBlock / s.w);
   const int64_t blocks = (rows + per_block - 1) / per_block, ahead = (kAhead / c + 1) * s.sw * c;
   const bool large = s.large<T>();
-  std::vector<A> S(blocks * c, A(0)), Q(blocks * c, A(0));
+  std::vector<A> sums(blocks * 2 * c, A(0));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    std::vector<T> line(kTogether * c);
+    std::vector<T> line(c);
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
-      A *one = S.data() + block * c, *two = Q.data() + block * c;
+      A *S = sums.data() + block * 2 * c, *Q = S + c;
       for (int64_t row = block * per_block; row < std::min(rows, (block + 1) * per_block); ++row) {
-        const int64_t step = s.row_sampled(row) ? s.sw : 0;  // columns 0, step, … are sampled
-        for (int64_t column = 0, here; column < s.w; column += here) {
+        const bool some = s.row_sampled(row);
+        for (int64_t column = 0; column < s.w; ++column) {
           const int64_t at = (row * s.w + column) * c;
-          const bool sampled = step && column % step == 0;
-          const int64_t end = !step ? s.w : step == 1 ? s.w : sampled ? column + 1 : column / step * step + step;
-          here = std::min(end, s.w) - column >= kTogether ? kTogether : 1;
           T* to = large ? line.data() : dx + at;
-          if (sampled && here == kTogether)
-            sum_pixels<kTogether, relu, false>(dy + at, x + at, to, c, mean, scale, bias, one, two);
-          else if (sampled)
-            sum_pixels<1, relu, false>(dy + at, x + at, to, c, mean, scale, bias, one, two);
-          else if (here == kTogether)
-            sum_pixels<kTogether, relu, true>(dy + at, x + at, to, c, mean, scale, bias, one, two);
-          else
-            sum_pixels<1, relu, true>(dy + at, x + at, to, c, mean, scale, bias, one, two);
-          if (large && !sampled) put(dx + at, to, here * c);
+          if (some && column % s.sw == 0) {
+            sum_pixel<relu, false>(dy + at, x + at, to, c, mean, scale, bias, S, Q);
+          } else {
+            sum_pixel<relu, true>(dy + at, x + at, to, c, mean, scale, bias, S, Q);
+            if (large) put(dx + at, to, c);
+          }
         }
       }
     }
@@ -275,8 +266,8 @@ void backward_last(const T* dy, const T* x, T* dx, const Shape& s, const A* mean
     {
       for (int64_t block = 0; block < blocks; ++block)
         for (int64_t j = 0; j < c; ++j) {
-          lost.S[j] += S[block * c + j];
-          lost.Q[j] += Q[block * c + j];
+          lost.S[j] += sums[block * 2 * c + j];
+          lost.Q[j] += sums[block * 2 * c + c + j];
         }
       lost.settle(count, inverse);
     }
@@ -318,24 +309,28 @@ template <class T, class A> inline void take(const T* from, int64_t step, int64_
   for (int64_t j = 0; j < count; ++j) to[j] = widen(from[j * step]);
 }
 
-// Adds values that lie in L1: their mean first, then the squares about it.
-template <class A> void join(Moments& whole, const A* values, int64_t count) {
-  A sum = 0, squares = 0;
+// Values that lie in L1, joined to the count, mean and squares of those before: their mean first.
+template <class A> inline void join(double& count, double& mean, double& squares, const A* values, int64_t n) {
+  A sum = 0, about = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < count; ++j) sum += values[j];
-  const A mean = sum / A(count);
-#pragma omp simd reduction(+ : squares)
-  for (int64_t j = 0; j < count; ++j) squares += (values[j] - mean) * (values[j] - mean);
-  whole.join(double(count), mean, squares);
+  for (int64_t j = 0; j < n; ++j) sum += values[j];
+  const A own = sum / A(n);
+#pragma omp simd reduction(+ : about)
+  for (int64_t j = 0; j < n; ++j) about += (values[j] - own) * (values[j] - own);
+  const double share = n / (count + n), away = own - mean;
+  mean += away * share;
+  squares += about + away * away * count * share;
+  count += n;
 }
 
-template <class T, class A> Moments measure_map(const T* map, const Shape& s) {
+// The moments of one map's sample.
+template <class T, class A> inline void measure_map(const T* map, const Shape& s, double& mean, double& squares) {
   const bool whole = s.maps_whole();
   const int64_t lines = whole ? 1 : s.d * s.h, length = whole ? s.map() : s.w;
   const int64_t columns = (length + s.sw - 1) / s.sw, ahead = (kAhead / s.w + 1) * s.sh * s.w;
-  Moments found;
   A tile[kTile];
   int64_t full = 0;
+  double count = mean = squares = 0;
   for (int64_t line = 0; line < lines; ++line) {
     if (line / s.h % s.sd || line % s.h % s.sh) continue;
     const T* row = map + line * length;
@@ -344,25 +339,28 @@ template <class T, class A> Moments measure_map(const T* map, const Shape& s) {
       here = std::min(columns - column, kTile - full);
       take(row + column * s.sw, s.sw, here, tile + full);
       full += here;
-      if (full == kTile) join(found, tile, full), full = 0;
+      if (full == kTile) join(count, mean, squares, tile, full), full = 0;
     }
   }
-  if (full) join(found, tile, full);
-  return found;
+  if (full) join(count, mean, squares, tile, full);
 }
 
 template <class T, class A> void measure_first(const T* x, const Shape& s, A* mean, A* var, int threads) {
-  const int64_t samples = (s.n + s.sn - 1) / s.sn;
-  std::vector<Moments> parts(samples * s.c);
+  const int64_t samples = (s.n + s.sn - 1) / s.sn, maps = samples * s.c;
+  std::vector<double> means(maps), squares(maps);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t i = 0; i < samples * s.c; ++i)
-    parts[i] = measure_map<T, A>(x + (i / s.c * s.sn * s.c + i % s.c) * s.map(), s);
-  for (int64_t j = 0; j < s.c; ++j) {
-    Moments whole;
-    for (int64_t i = j; i < samples * s.c; i += s.c) whole.join(parts[i].count, parts[i].mean, parts[i].squares);
-    mean[j] = A(whole.mean);
-    var[j] = A(whole.squares / whole.count);
+  for (int64_t i = 0; i < maps; ++i)
+    measure_map<T, A>(x + (i / s.c * s.sn * s.c + i % s.c) * s.map(), s, means[i], squares[i]);
+  const int64_t lines = (s.d + s.sd - 1) / s.sd * ((s.h + s.sh - 1) / s.sh);
+  Moments whole(s.c);
+  for (int64_t n = 0; n < samples; ++n) {
+    const double *its_means = means.data() + n * s.c, *its_squares = squares.data() + n * s.c;
+    whole.join(double(lines * s.columns()), [=](int64_t j, double& a_mean, double& a_square) {
+      a_mean = its_means[j];
+      a_square = its_squares[j];
+    });
   }
+  whole.write(mean, var);
 }
 
 template <bool relu, class T, class A>
@@ -370,12 +368,12 @@ void apply_first(const T* x, T* y, const Shape& s, const A* mean, const A* scale
   const bool large = s.large<T>();
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    T tile[kTile];
+    T tile[kChunk];
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < s.n * s.c; ++i) {
       const A m = mean[i % s.c], k = scale[i % s.c], b = bias[i % s.c];
       for (int64_t at = i * s.map(), here; at < (i + 1) * s.map(); at += here) {
-        here = std::min(kTile, (i + 1) * s.map() - at);
+        here = std::min(kChunk, (i + 1) * s.map() - at);
         T* to = large ? tile : y + at;
 #pragma omp simd
         for (int64_t j = 0; j < here; ++j) narrow(activated<relu>(widen(x[at + j]) - m, k, b), to[j]);
@@ -394,13 +392,13 @@ void backward_first(const T* dy, const T* x, T* dx, const Shape& s, const A* mea
   std::vector<double> S(maps, 0.0), Q(maps, 0.0);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    T tile[kTile];
+    T tile[kChunk];
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < maps; ++i) {
       const A m = mean[i % s.c], k = scale[i % s.c], b = bias[i % s.c];
       const bool sampled = s.sn && whole && i / s.c % s.sn == 0;  // all of it: nothing is written yet
       for (int64_t at = i * map, here; at < (i + 1) * map; at += here) {
-        here = std::min(kTile, (i + 1) * map - at);
+        here = std::min(kChunk, (i + 1) * map - at);
         A one = 0, two = 0;
         T* to = large ? tile : dx + at;
         if (sampled) {
@@ -442,7 +440,7 @@ void backward_first(const T* dy, const T* x, T* dx, const Shape& s, const A* mea
         for (int64_t column = 0, here; column < length; column += here) {
           const int64_t at = i * map + line * length + column;
           const A* counts = sampled.data() + column;
-          here = std::min(kTile, length - column);
+          here = std::min(kChunk, length - column);
           T* to = large ? tile : dx + at;
           if (!whole) fetch(x + at + ahead, here), fetch(dy + at + ahead, here);
 #pragma omp simd
