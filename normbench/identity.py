@@ -25,9 +25,7 @@ OUTSIDE = {
 }
 # keys added later whose default is a word: left out at it
 LATER = {"model.weight": "none", "norm.sample": "stride"}
-LATER_OF = dict.fromkeys(
-    ("bn", "bn_no_affine", "cumulative_bn"), {"norm.impl": "reference"}
-)  # of these norms
+LATER_OF = {name: {"norm.impl": "reference"} for name in ("bn", "bn_no_affine", "cumulative_bn")}
 MAX_ID = 160  # with the hash and a seed's prefix well below what a file name may have
 
 

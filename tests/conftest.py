@@ -39,6 +39,10 @@ def nothing_old_is_garbage() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else extensions say at the end that they leak
+
+
 @pytest.fixture(scope="session", autouse=True)
 def composed_once() -> Iterator[None]:
     """Hydra composes the same overrides of unchanged files once for all tests of a process, and parses a
