@@ -25,6 +25,7 @@ namespace {
 constexpr int64_t kTile = 1024;       // values of a map that are measured at a time: they stay in L1
 constexpr int64_t kChunk = 256;       // values of a map that are computed before they are written
 constexpr int64_t kBlock = 512;       // pixels added up together, channels last
+constexpr int64_t kSkip = 4;          // rows: where fewer lie between sampled ones, all are visited again
 constexpr int64_t kAhead = 256;       // values between what is read and what is fetched for later
 constexpr int64_t kLarge = 4 << 20;   // bytes: larger results are written past the cache
 
@@ -327,14 +328,13 @@ template <class A> inline void join(double& count, double& mean, double& squares
 template <class T, class A> inline void measure_map(const T* map, const Shape& s, double& mean, double& squares) {
   const bool whole = s.maps_whole();
   const int64_t lines = whole ? 1 : s.d * s.h, length = whole ? s.map() : s.w;
-  const int64_t columns = (length + s.sw - 1) / s.sw, ahead = (kAhead / s.w + 1) * s.sh * s.w;
+  const int64_t columns = (length + s.sw - 1) / s.sw;
   A tile[kTile];
   int64_t full = 0;
   double count = mean = squares = 0;
   for (int64_t line = 0; line < lines; ++line) {
     if (line / s.h % s.sd || line % s.h % s.sh) continue;
     const T* row = map + line * length;
-    if (!whole) fetch(row + ahead, length);
     for (int64_t column = 0, here; column < columns; column += here) {
       here = std::min(columns - column, kTile - full);
       take(row + column * s.sw, s.sw, here, tile + full);
@@ -388,7 +388,7 @@ template <bool relu, class T, class A>
 void backward_first(const T* dy, const T* x, T* dx, const Shape& s, const A* mean, const A* scale, const A* bias,
                     const A* inverse, double count, Losses<A>& lost, int threads) {
   const int64_t map = s.map(), maps = s.n * s.c;
-  const bool large = s.large<T>(), whole = s.maps_whole();
+  const bool large = s.large<T>(), whole = s.sd * s.sh < kSkip;
   std::vector<double> S(maps, 0.0), Q(maps, 0.0);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -427,16 +427,18 @@ void backward_first(const T* dy, const T* x, T* dx, const Shape& s, const A* mea
       for (int64_t i = 0; i < maps; ++i) lost.S[i % s.c] += S[i], lost.Q[i % s.c] += Q[i];
       lost.settle(count, inverse);
     }
-    const int64_t lines = whole ? 1 : s.d * s.h, length = whole ? map : s.w, ahead = (kAhead / s.w + 1) * s.sh * s.w;
-    std::vector<A> sampled(length, A(0));  // 1 where a column is
-    for (int64_t j = 0; j < length; j += s.sw) sampled[j] = A(1);
+    const int64_t lines = whole ? 1 : s.d * s.h, length = map / lines, ahead = (kAhead / s.w + 1) * s.sh * s.w;
+    std::vector<A> sampled(length, A(0));  // 1 where a position is
+    for (int64_t row = 0; row < length / s.w; ++row)
+      if (!whole || (row / s.h % s.sd == 0 && row % s.h % s.sh == 0))
+        for (int64_t j = 0; j < s.w; j += s.sw) sampled[row * s.w + j] = A(1);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < maps; ++i) {
       if (!s.sn || i / s.c % s.sn) continue;
       const A m = mean[i % s.c], k = scale[i % s.c], b = bias[i % s.c];
       const A per_value = lost.per_value[i % s.c], per_distance = lost.per_distance[i % s.c];
       for (int64_t line = 0; line < lines; ++line) {
-        if (line / s.h % s.sd || line % s.h % s.sh) continue;
+        if (!whole && (line / s.h % s.sd || line % s.h % s.sh)) continue;
         for (int64_t column = 0, here; column < length; column += here) {
           const int64_t at = i * map + line * length + column;
           const A* counts = sampled.data() + column;
