@@ -56,11 +56,10 @@ class LocalLauncher(Launcher):
         devices = visible_devices() if named <= {"auto", "cuda"} else []
         alone = 1 if self.timeout_min or self.sessions_per_process else 0  # what only a launcher can do
         wanted = self.n_jobs or (len(devices) if len(devices) > 1 else alone)
-        if len(plan.sessions) == 1:
+        packs = len(plan.packs())
+        if packs == 1:
             wanted = alone
-        return [
-            devices[i % len(devices)] if devices else None for i in range(min(wanted, len(plan.sessions)))
-        ]
+        return [devices[i % len(devices)] if devices else None for i in range(min(wanted, packs))]
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run each slice in turn."""
@@ -71,7 +70,9 @@ class LocalLauncher(Launcher):
             cfg = self.context.config_loader.load_sweep_config(self.config, list(overrides))
             plan, part = Plan.read(Path(cfg.plan.file)), cfg.plan
             some = [
-                s for s in plan.sessions[part.first : part.last] if s.arm not in part.skip and plan.open(s)
+                pack
+                for pack in plan.packs(part.first, part.last)
+                if any(s.arm not in part.skip and plan.open(s) for s in map(plan.sessions.__getitem__, pack))
             ]
             devices = self.slots(plan)
             if not devices:

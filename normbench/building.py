@@ -78,17 +78,26 @@ def check_builds(config: Config) -> None:
         if str(config.norm["_target_"]).startswith("normbench."):
             raise
         raise Refused(f"{chosen}: {type(error).__name__}: {error}") from error
+    channels, *size = options.shape
+    if config.pack:
+        from normbench.packing import packed  # which needs what is here
+
+        try:
+            model, channels = packed(model, config.pack), config.pack * channels
+        except ValueError as error:
+            raise Refused(f"pack={config.pack} {chosen}: {error}") from error
+    shape = (channels, *size)
     model.to("meta").train()
     cut = ranks.Cut.here(config.batch["size"], config.batch["micro"])
     together = cut.ranks if config.norm["_target_"] == SYNC_BN else 1  # shares that are measured as one
-    size, samples = min(config.batch["size"], options.train_samples), options.train_samples
-    last = 0 if options.drop_last else samples % size
+    images, samples = min(config.batch["size"], options.train_samples), options.train_samples
+    last = 0 if options.drop_last else samples % images
     parts = "" if cut.parts == 1 else f" in {cut.parts} parts"
-    blame = f"batch.size={size}{parts}"
-    try_out(model, (size // cut.parts * together, *options.shape), blame)
+    blame = f"batch.size={images}{parts}"
+    try_out(model, (images // cut.parts * together, *shape), blame)
     if last:
         blame = f"an epoch's last batch has {last} of {blame} samples; use dataset.drop_last=true"
-        try_out(model, (last // cut.parts * together, *options.shape), blame)
+        try_out(model, (last // cut.parts * together, *shape), blame)
 
 
 def norm_layers_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -70,6 +70,7 @@ class Config:
     tensorboard: bool
     save_model: bool
     checkpoint: Values
+    pack: int | None = None
 
     @property
     def checkpoint_every(self) -> Every | None:
@@ -184,6 +185,7 @@ class Composer:
         if self.door == "train":
             check_world(values)
             check_together(values)
+            check_pack(values)
         return values, choices
 
     def check(self, values: Values, schema: Values, skip: str | None) -> None:
@@ -326,6 +328,19 @@ def check_world(values: Values) -> None:
     size, micro = values["batch"]["size"], values["batch"]["micro"]
     if micro is not None and micro > size:
         raise Refused(f"batch.micro={micro} is larger than batch.size={size}; use {size} or less, or null")
+
+
+def check_pack(values: Values) -> None:
+    """What several sessions cannot do as one network; what its layers cannot, `packing` says."""
+    if values["pack"] is None:
+        return
+    for key, got, cure in (
+        ("precision", values["precision"] == "fp16", "scales all gradients alike; use bf16 or fp32"),
+        ("sync_bn", values["sync_bn"], "measures the batches of all processes together"),
+        ("world", values["world"] is not None, "is for one process; start it without torchrun"),
+    ):
+        if got:
+            raise Refused(f"pack={values['pack']}: {key}={show(values[key])} {cure}, or leave pack out")
 
 
 def check_together(values: Values) -> None:

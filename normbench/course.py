@@ -11,8 +11,15 @@ from torch import Tensor, nn
 from normbench import device as machine
 from normbench import ranks
 from normbench.building import state_of
+from normbench.checkpoint import Checkpoints
+from normbench.claim import Lost
 from normbench.config import Config
-from normbench.results import EpochRow, Outcome
+from normbench.doors import say
+from normbench.packing import own
+from normbench.progress import SessionProgress
+from normbench.results import EpochRow, EpochTable, Outcome
+from normbench.scalars import Scalars
+from normbench.seeds import Seeds
 
 if TYPE_CHECKING:
     from normbench.training import Prepared
@@ -31,49 +38,104 @@ class Evaluation:
 class Course:
     """How far a session has come, and the checkpoint that says so.
 
-    `timed` is false while the row in progress began in another process.
+    `seat` is the session's place in its pack, 0 for one alone; `totals` are all its pack's. `timed` is false
+    while the row in progress began in another process.
     """
 
-    def __init__(self, ready: "Prepared") -> None:
-        self.totals, self.selection = Totals(ready.device), Selection(ready.config)
+    def __init__(self, ready: "Prepared", seat: int, totals: "Totals") -> None:
+        self.seat, self.totals, self.selection = seat, totals, Selection(ready.config)
         self.rows: list[EpochRow] = []
         self.step, self.elapsed_s, self.timed = 0, 0.0, True
 
     def body(self, ready: "Prepared") -> dict[str, Any]:
         """Everything that the rest of the session depends on, in plain types and tensors."""
+        seats = len(ready.models)
         return {
             "epoch": 1 + max(0, self.step - 1) // ready.data.train.steps_per_epoch,
             "step": self.step,
             "elapsed_s": self.elapsed_s,
             "threads": torch.get_num_threads(),
-            "model": {name: tensor.detach() for name, tensor in state_of(ready.model)},
-            "optimizer": ready.optimizer.state_dict()["state"],
+            "model": {name: self.alone(ready, tensor) for name, tensor in state_of(ready.models[self.seat])},
+            "optimizer": {
+                index: {key: self.alone(ready, own(value, self.seat, seats)) for key, value in state.items()}
+                for index, state in ready.optimizer.state_dict()["state"].items()
+            },
             "scaler": ready.scaler.state_dict(),
-            "totals": ranks.gathered(self.totals.body()),
+            "totals": ranks.gathered(self.totals.body(self.seat)),
             "rows": [asdict(row) for row in self.rows],
             "selection": self.selection.body(),
         }
 
+    @staticmethod
+    def alone(ready: "Prepared", value: Any) -> Any:
+        """A value for the checkpoint; a pack's tensors hold every session's numbers, so a copy of its own."""
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().clone() if len(ready.models) > 1 else value.detach()
+
     @classmethod
     @torch.no_grad()
-    def resumed(cls, ready: "Prepared", body: Mapping[str, Any]) -> "Course":
+    def resumed(cls, ready: "Prepared", seat: int, totals: "Totals", body: Mapping[str, Any]) -> "Course":
         """Go on from a checkpoint: writes its state over a started session's, in place."""
-        course = cls(ready)
+        course = cls(ready, seat, totals)
         course.step, course.elapsed_s = body["step"], body["elapsed_s"]
         course.rows = [EpochRow(**row) for row in body["rows"]]
-        course.totals.restore(body["totals"][ranks.rank()])
+        course.totals.restore(seat, body["totals"][ranks.rank()])
         course.timed = not course.totals.images
         course.selection.restore(body["selection"], course.rows)
-        for name, tensor in state_of(ready.model):
+        for name, tensor in state_of(ready.models[seat]):
             tensor.copy_(body["model"][name])
         there = ready.optimizer.state_dict()["state"]
         for index, state in body["optimizer"].items():
             for key, value in state.items():
                 if isinstance(value, Tensor):
-                    there[index][key].copy_(value)
+                    own(there[index][key], seat, len(ready.models)).copy_(value)
         ready.scaler.load_state_dict(body["scaler"])
         machine.use_threads(body["threads"])  # equal bits are promised for equal threads
         return course
+
+
+@dataclass
+class Run:
+    """One session while it trains: its place, its random numbers, how far it is, and what it writes.
+
+    `outcome` and the reported `weights` are there when it has ended; `lost`: another process took it.
+    """
+
+    title: str
+    seeds: Seeds
+    course: Course
+    table: EpochTable
+    scalars: Scalars
+    checkpoints: Checkpoints
+    outcome: Outcome | None = None
+    weights: dict[str, Tensor] | None = None
+    lost: bool = False
+
+    def write(self, row: EpochRow, progress: SessionProgress) -> None:
+        """Add a row to all that shows it."""
+        self.course.rows.append(row)
+        self.course.timed = True
+        self.table.append(row)
+        self.scalars.write(row)
+        progress.row(row, self.title)
+
+
+def still_ours(runs: Sequence[Run]) -> list[Run]:
+    """The sessions whose claims this process still holds; Lost where it holds none."""
+    kept: list[Run] = []
+    for run in runs:
+        try:
+            run.checkpoints.held()
+            kept.append(run)
+        except Lost as lost:
+            run.lost = True
+            if len(runs) == 1:
+                raise
+            say(str(lost), error=True)
+    if not kept:
+        raise Lost(f"no session of the pack of {runs[0].title} is left")
+    return kept
 
 
 class Selection:
@@ -122,38 +184,41 @@ def macro_f1(labels: Tensor, predictions: Tensor) -> float:
 
 
 class Totals:
-    """This rank's loss and correct answers added up on the device; `lap` alone synchronizes the host."""
+    """This rank's loss and correct answers added up on the device, for each session of a pack; `lap` alone
+    synchronizes the host."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)
-        self.correct = torch.zeros((), dtype=torch.long, device=device)
+    def __init__(self, device: torch.device, sessions: int = 1) -> None:
+        self.loss = torch.zeros(sessions, dtype=torch.float64, device=device)
+        self.correct = torch.zeros(sessions, dtype=torch.long, device=device)
         self.images = 0
 
     def add(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
-        """Add one batch: its mean loss (), logits (N, classes) and labels (N,)."""
+        """Add one batch: its mean loss (), logits (N, classes) and labels (N,); those of a pack are
+        (sessions,), (N, sessions · classes) and (N, sessions)."""
         self.loss += loss.double() * len(y)
-        self.correct += (logits.argmax(1) == y).sum()
+        self.correct += (logits.view(*y.shape, -1).argmax(-1) == y).sum(0)
         self.images += len(y)
 
-    def body(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {"loss": self.loss.cpu(), "correct": self.correct.cpu(), "images": self.images}
+    def body(self, seat: int) -> dict[str, Any]:
+        """For a session's checkpoint."""
+        return {"loss": self.loss[seat].cpu(), "correct": self.correct[seat].cpu(), "images": self.images}
 
-    def restore(self, body: Mapping[str, Any]) -> None:
-        """From a checkpoint."""
-        self.loss.copy_(body["loss"])
-        self.correct.copy_(body["correct"])
+    def restore(self, seat: int, body: Mapping[str, Any]) -> None:
+        """From a session's checkpoint."""
+        self.loss[seat].copy_(body["loss"])
+        self.correct[seat].copy_(body["correct"])
         self.images = body["images"]
 
-    def lap(self) -> "Mean":
-        """The means of all ranks since the last lap; counts from zero again."""
-        own_loss, own_correct = torch.stack([self.loss, self.correct.double()]).tolist()
-        loss, correct, images = ranks.summed(own_loss, own_correct, self.images)
-        mean = Mean(int(images), loss / images, correct / images)
+    def lap(self) -> "list[Mean]":
+        """Each session's means of all ranks since the last lap; counts from zero again."""
+        means = []
+        for own_loss, own_correct in torch.stack([self.loss, self.correct.double()], 1).tolist():
+            loss, correct, images = ranks.summed(own_loss, own_correct, self.images)
+            means.append(Mean(int(images), loss / images, correct / images))
         self.images = 0
         self.loss.zero_()
         self.correct.zero_()
-        return mean
+        return means
 
 
 class Mean(NamedTuple):

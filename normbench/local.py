@@ -114,18 +114,18 @@ class Slot:
             process, pipe = self.begin()
             if process is None:
                 break
-            place, timed_out = self.follow(process, pipe)
+            places, timed_out = self.follow(process, pipe)
             code = process.wait()
             if process.stdin is not None:
                 process.stdin.close()
-            if place is not None and not timed_out:
+            for place in [] if timed_out else places:
                 self.write_down(place, process.pid, code)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # what it had started itself
-            in_vain = 0 if place is not None or code == MORE else in_vain + 1
-            if place is not None and self.job.fail_fast and code not in ORDERLY:
+            in_vain = 0 if places or code == MORE else in_vain + 1
+            if places and self.job.fail_fast and code not in ORDERLY:
                 code = STOPPED
-            elif place is not None or code == MORE or (code < 0 and in_vain < IN_VAIN):
+            elif places or code == MORE or (code < 0 and in_vain < IN_VAIN):
                 continue
             self.ended = 0 if self.stopping and code != STOPPED else code
             return
@@ -156,10 +156,11 @@ class Slot:
         os.close(end)
         return self.process, pipe
 
-    def follow(self, process: "subprocess.Popen[bytes]", pipe: int) -> tuple[int | None, bool]:
-        """Listen until the process has ended: the place of the session that it was in, and whether that
-        was ended for taking too long."""
-        place, since, rest, timed_out = None, 0.0, b"", False
+    def follow(self, process: "subprocess.Popen[bytes]", pipe: int) -> tuple[list[int], bool]:
+        """Listen until the process has ended: the places of the sessions that it was in, one or a pack's, and
+        whether they were ended for taking too long, a pack as long as its sessions may one after another."""
+        places: list[int] = []
+        since, rest, timed_out = 0.0, b"", False
         limit_s = math.inf if self.job.timeout_min is None else 60 * self.job.timeout_min
         with os.fdopen(pipe, "rb", buffering=0) as told:
             while True:
@@ -170,19 +171,21 @@ class Slot:
                         break
                     *lines, rest = (rest + chunk).split(b"\n")
                     for line in lines:
-                        place, since = None if line == b"-" else int(line), time.monotonic()
+                        places, since = [int(word) for word in line.split() if word != b"-"], time.monotonic()
                 elif process.poll() is not None:
                     break
-                if place is not None and not timed_out and time.monotonic() - since > limit_s:
+                if places and not timed_out and time.monotonic() - since > limit_s * len(places):
                     timed_out = True
-                    self.end_for_time(place, process)
-        return place, timed_out
+                    self.end_for_time(places, process)
+        return places, timed_out
 
-    def end_for_time(self, place: int, process: "subprocess.Popen[bytes]") -> None:
-        """The session has failed for time: said in its folder first, so that no other slot takes it up."""
-        held = claims.holder(self.job.plan.session_folder(self.job.plan.sessions[place]))
-        if held is not None and held.pid == process.pid:
-            failure.keep(held, "failed", f"timeout: not finished after {self.job.timeout_min:g} minutes")
+    def end_for_time(self, places: Sequence[int], process: "subprocess.Popen[bytes]") -> None:
+        """The sessions have failed for time: said in their folders first, so that no other slot has them."""
+        limit_min = len(places) * (self.job.timeout_min or 0)
+        for planned in (self.job.plan.sessions[place] for place in places):
+            held = claims.holder(self.job.plan.session_folder(planned))
+            if held is not None and held.pid == process.pid and self.job.plan.open(planned):
+                failure.keep(held, "failed", f"timeout: not finished after {limit_min:g} minutes")
         process.terminate()
         try:
             process.wait(self.job.grace_s)

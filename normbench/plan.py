@@ -1,7 +1,9 @@
 """A plan: the sessions one command means to run, in launch order; written once, read by all that follows."""
 
 import hashlib
+import itertools
 import json
+import math
 import os
 import random
 import re
@@ -37,6 +39,11 @@ class Arm:
         """An arm of checked values."""
         return cls(setting.name, setting.id, setting.hash, dict(choices), values)
 
+    @property
+    def pack(self) -> int:
+        """How many of its sessions train together; 1 where each is alone."""
+        return self.values.get("pack") or 1
+
     @cached_property
     def config_text(self) -> str:
         """config.yaml of its session 0 of seed 0."""
@@ -67,15 +74,42 @@ class Plan:
     def interleaved(
         cls, study: str, arms: Sequence[Arm], sessions: Iterable[int], seeds: Iterable[int]
     ) -> "Plan":
-        """Session-major, each session's arms in an order shuffled by seed and session: drift hits all."""
+        """Session-major, each session's arms in an order shuffled by seed and session: drift hits all.
+
+        With packs it is block-major: as many sessions as fill every arm's packs, those of an arm in a row.
+        """
         planned: list[Planned] = []
-        repetitions = list(sessions)
+        size = math.lcm(*(arm.pack for arm in arms))
+        blocks: dict[int, list[int]] = {}
+        for session in sessions:
+            blocks.setdefault(session // size, []).append(session)
         for seed in seeds:
-            for session in repetitions:
+            for block in blocks.values():
                 order = list(range(len(arms)))
-                random.Random(f"{seed}/{session}").shuffle(order)
-                planned += [Planned(arm, session, seed, len(planned) + i) for i, arm in enumerate(order)]
+                random.Random(f"{seed}/{block[0]}").shuffle(order)
+                for arm, session in itertools.product(order, block):
+                    planned.append(Planned(arm, session, seed, len(planned)))
         return cls(study, arms, planned)
+
+    @cached_property
+    def block_ends(self) -> list[int]:
+        """The places at which every arm has had equally many sessions, and no pack is cut."""
+        size = math.lcm(*(arm.pack for arm in self.arms))
+        block = [(planned.seed, planned.session // size) for planned in self.sessions]
+        inner = [place for place in range(1, len(block)) if block[place] != block[place - 1]]
+        return [*inner, len(block)]
+
+    def packs(self, first: int = 0, last: int | None = None) -> list[list[int]]:
+        """The places of a slice by the sessions that train together, each alone where nothing is packed."""
+        together: dict[tuple[int, int, int], list[int]] = {}
+        for place, planned in enumerate(self.sessions[first:last], first):
+            key = (planned.arm, planned.seed, planned.session // self.arms[planned.arm].pack)
+            together.setdefault(key, []).append(place)
+        return list(together.values())
+
+    def seat(self, planned: Planned) -> int:
+        """A session's place in its pack."""
+        return planned.session % self.arms[planned.arm].pack
 
     @property
     def folder(self) -> Path:

@@ -12,7 +12,7 @@ from normbench.results import EpochRow
 
 
 class SessionProgress:
-    """One session's progress: `step` at every update, `row` at every row of epochs.csv; `quiet` hides it."""
+    """Progress of a session or pack: `step` at every update, `row` at every row; `quiet` hides it."""
 
     def __init__(self, title: str, total_steps: int, quiet: bool = False) -> None:
         self.title, self.total_steps, self.quiet = title, total_steps, quiet
@@ -59,12 +59,12 @@ class SessionProgress:
             self.bar.update(self.task, state=f"{self.losses}  {rate:,.0f} images/s")
             self.images, self.shown_at = 0, now
 
-    def row(self, row: EpochRow) -> None:
-        """A row has landed: the bar shows it, a log gets a line."""
+    def row(self, row: EpochRow, title: str) -> None:
+        """A row of the session `title` has landed: the bar shows it, a log gets a line."""
         test = "" if row.test_acc is None else f"  test {row.test_acc:.4f}"
         val = "" if row.val_acc is None else f"  val {row.val_acc:.4f}"
         self.losses = f"loss {row.train_loss:.4f}  train {row.train_acc:.4f}{val}{test}"
         if not self.console.is_terminal and not self.quiet:
-            at = f"{self.title}  epoch {row.epoch}  step {row.step}/{self.total_steps}"
+            at = f"{title}  epoch {row.epoch}  step {row.step}/{self.total_steps}"
             rate = "" if row.images_per_s is None else f"  {row.images_per_s:,.0f} images/s"
             say(f"{at}  {self.losses}{rate}")

@@ -128,6 +128,7 @@ RULES: dict[str, Rule] = {
     "eval_every": interval,
     "threads": optional(positive_int),
     "cuda_graph": optional(flag),
+    "pack": optional(partial(int_from, low=2)),
     "backend": optional(either("aot_eager", "inductor")),
     "margin": optional(margin),
     "checkpoint.every": optional(every),

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ from torch import Tensor
 from normbench import device as machine
 from normbench import ranks
 from normbench.building import norm_layers_of
-from normbench.checkpoint import Checkpoints
+from normbench.checkpoint import Body, Checkpoints
 from normbench.claim import Claim
-from normbench.config import Config, norm_that_runs
-from normbench.course import Course
+from normbench.config import norm_that_runs
+from normbench.course import Course, Run, Totals
 from normbench.doors import say
 from normbench.failure import last_line
 from normbench.identity import short_names
@@ -30,69 +32,172 @@ from normbench.seeds import Seeds
 from normbench.training import Prepared, settings_of, start, train, warm_up
 
 
-def run_session(
-    ready: Prepared, config: Config, plan: Plan, planned: Planned, started_at: str, claim: Claim | None
-) -> None:
-    """Train one session in its folder, which `claim` holds; a rank that only follows has none."""
-    folder, arm = plan.session_folder(planned), plan.arms[planned.arm]
-    seeds = Seeds(config.seed, config.session)
-    name = short_names({a.setting: a.arm for a in plan.arms})[arm.setting]
-    title = f"{name} s{planned.session}"
-    checkpoints = Checkpoints(folder, config.checkpoint_every)
-    if claim:
-        checkpoints.held = claim.held
-    with settings_of(config, ready.device):
-        start(ready, seeds)
-        first = {name: p.detach().cpu().clone() for name, p in ready.model.named_parameters()}
-        warm_up(ready, seeds)
-        start(ready, seeds)
-        saved = ranks.told(checkpoints.read() if claim else None)
-        course = Course(ready)
-        if saved is not None:
-            try:
-                course = Course.resumed(ready, saved)
-            except (KeyError, TypeError, RuntimeError) as error:
-                # other code wrote it, of other tensors
-                why = f"its checkpoint does not fit ({last_line(error)}); starts again"
-                if claim:
-                    say(f"{folder}: {why}", error=True)
-                start(ready, seeds)
-        with (
-            contextlib.closing(
-                EpochTable(folder / "epochs.csv" if claim else Path(os.devnull), course.rows)
-            ) as table,
-            contextlib.closing(Scalars(folder / "tb" if config.tensorboard and claim else None)) as scalars,
-            SessionProgress(title, ready.total_steps, quiet=claim is None) as progress,
-        ):
-            if course.step:
-                progress.skip(course.step)
-                for earlier in course.rows:
-                    scalars.write(earlier)
-            outcome, weights = train(ready, seeds, course, table, scalars, progress, checkpoints)
-        threads = torch.get_num_threads()
-        ready.optimizer.zero_grad()  # between its sessions a setting holds no gradients
-        if claim is None:
-            return
-        manifest = make_manifest(ready, first)
+@dataclass
+class Claimed:
+    """A session that this process is to train: its place in the plan, its claim (None on a rank that only
+    follows), and the checkpoint that it goes on from."""
+
+    plan: Plan
+    planned: Planned
+    claim: Claim | None
+    started_at: str
+    saved: Body | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The session's."""
+        return self.plan.session_folder(self.planned)
+
+    @property
+    def seat(self) -> int:
+        """Its place in its pack: the same whoever else is there, so that its numbers are too."""
+        return self.plan.seat(self.planned)
+
+    @property
+    def seeds(self) -> Seeds:
+        """Its random numbers."""
+        return Seeds(self.planned.seed, self.planned.session)
+
+    @property
+    def title(self) -> str:
+        """What people read."""
+        names = short_names({arm.setting: arm.arm for arm in self.plan.arms})
+        return f"{names[self.plan.arms[self.planned.arm].setting]} s{self.planned.session}"
+
+    @property
+    def row(self) -> Row:
+        """The columns that are known before it trains."""
+        return started(self.plan, self.planned, self.started_at)
+
+    @property
+    def step(self) -> int:
+        """What it goes on from."""
+        return int(self.saved["step"]) if self.saved else 0
+
+
+def run_pack(ready: Prepared, pack: Sequence[Claimed]) -> list[Claimed]:
+    """Train the sessions of a pack, or the one that is alone, in their folders; returns those that ended.
+
+    Those that go on from different steps are trained one group after another.
+    """
+    ended: list[Claimed] = []
+    with settings_of(ready.config, ready.device):
+        start(ready, *seeds_of(ready, pack))
+        warm_up(ready, *seeds_of(ready, pack))
+        waiting: dict[int, list[Claimed]] = {}
+        for each in pack:
+            checkpoints = Checkpoints(each.folder, None)
+            each.saved = ranks.told(checkpoints.read() if each.claim else None)
+            waiting.setdefault(each.step, []).append(each)
+        while waiting:
+            step = max(waiting)
+            group = waiting.pop(step)
+            start(ready, *seeds_of(ready, group))
+            firsts = [parameters_of(ready, each) for each in group]
+            totals = Totals(ready.device, len(ready.models))
+            courses = [course_of(ready, each, totals) for each in group]
+            if None in courses:
+                for each, course in zip(group, courses, strict=True):
+                    waiting.setdefault(step if course else 0, []).append(each)
+                continue
+            ended += run_group(ready, group, [course for course in courses if course], firsts)
+    return ended
+
+
+def seeds_of(ready: Prepared, sessions: Sequence[Claimed]) -> list[Seeds]:
+    """The random numbers of every seat; a seat whose session is not here does what the first does."""
+    seats = {each.seat: each.seeds for each in sessions}
+    return [seats.get(seat, sessions[0].seeds) for seat in range(len(ready.models))]
+
+
+def course_of(ready: Prepared, each: Claimed, totals: Totals) -> Course | None:
+    """How far a started session is, its checkpoint written over its start; None where that does not fit."""
+    if each.saved is None:
+        return Course(ready, each.seat, totals)
+    try:
+        return Course.resumed(ready, each.seat, totals, each.saved)
+    except (KeyError, TypeError, RuntimeError) as error:
+        # other code wrote it, of other tensors
+        why = f"its checkpoint does not fit ({last_line(error)}); starts again"
+        if each.claim:
+            say(f"{each.folder}: {why}", error=True)
+        each.saved = None
+        return None
+
+
+def parameters_of(ready: Prepared, each: Claimed) -> dict[str, Tensor]:
+    """A copy of a session's parameters, on the CPU."""
+    return {name: p.detach().cpu().clone() for name, p in ready.models[each.seat].named_parameters()}
+
+
+def run_group(
+    ready: Prepared, group: Sequence[Claimed], courses: Sequence[Course], firsts: Sequence[dict[str, Tensor]]
+) -> list[Claimed]:
+    """Train started sessions that are at one step to their ends; returns those that are still ours then.
+
+    `firsts` are their parameters at the start.
+    """
+    config, step = ready.config, courses[0].step
+    seeds = seeds_of(ready, group)
+    quiet = group[0].claim is None
+    title = group[0].title + (f"-s{group[-1].planned.session}" if len(group) > 1 else "")
+    ended: list[Claimed] = []
+    with contextlib.ExitStack() as stack:
+        runs = []
+        for each, course in zip(group, courses, strict=True):
+            checkpoints = Checkpoints(each.folder, config.checkpoint_every)
+            if each.claim:
+                checkpoints.held = each.claim.held
+            path = each.folder / "epochs.csv" if each.claim else Path(os.devnull)
+            table = stack.enter_context(contextlib.closing(EpochTable(path, course.rows)))
+            folder = each.folder / "tb" if config.tensorboard and each.claim else None
+            scalars = stack.enter_context(contextlib.closing(Scalars(folder)))
+            runs.append(Run(each.title, each.seeds, course, table, scalars, checkpoints))
+        progress = stack.enter_context(SessionProgress(title, ready.total_steps, quiet))
+        if step:
+            progress.skip(step)
+            for run in runs:
+                for earlier in run.course.rows:
+                    run.scalars.write(earlier)
+        open_runs = runs
+        while open_runs:
+            train(ready, seeds, open_runs, progress)
+            ready.optimizer.zero_grad()  # between its sessions a setting holds no gradients
+            for each, run, first in zip(group, runs, firsts, strict=True):
+                if run in open_runs and run.outcome and each.claim:
+                    finish(ready, each, run, first)
+                    ended.append(each)
+            open_runs = [run for run in open_runs if run.outcome is None and not run.lost]
+    return ended
+
+
+def finish(ready: Prepared, each: Claimed, run: Run, first: dict[str, Tensor]) -> None:
+    """Close an ended session: its weights if asked, session.json, one line."""
+    folder, config, outcome = each.folder, ready.config, run.outcome
+    if outcome is None or each.claim is None:
+        raise RuntimeError(f"{folder} has not ended here")
+    threads = torch.get_num_threads()
+    manifest = make_manifest(ready, each.seat, first)
     if config.save_model:
         buffer = io.BytesIO()
-        torch.save(weights, buffer)
+        torch.save(run.weights, buffer)
         write_whole(folder / "model.pt", buffer.getvalue())
-    row = {**started(plan, planned, started_at), **measured(ready, outcome, manifest)}
+    row = {**each.row, **measured(ready, outcome, manifest)}
     row = {column: row.get(column) for column in COLUMNS} | {"threads": threads}
     parts = {"train": ready.data.train, "val": ready.data.val, "test": ready.data.test}
     images = {name: part.num_samples for name, part in parts.items() if part}
-    claim.held()
+    values = each.plan.arms[each.planned.arm].values
+    each.claim.held()
     write_json(
         folder / "session.json",
-        finite({"row": row, "images": images, "manifest": manifest, "config": arm.values}),
+        finite({"row": row, "images": images, "manifest": manifest, "config": values}),
     )
     (folder / "failure.json").unlink(missing_ok=True)
     if not config.checkpoint["keep"]:
-        checkpoints.remove()
+        run.checkpoints.remove()
     paid = "no whole epoch" if row["epoch_time_s"] is None else f"{row['epoch_time_s']:.3f} s an epoch"
     accuracy = f"test_acc {outcome.reported.test_acc:.4f}, {paid}"
-    say(f"{title}: {outcome.status}, {accuracy}, row in {folder / 'session.json'}")
+    say(f"{run.title}: {outcome.status}, {accuracy}, row in {folder / 'session.json'}")
 
 
 def started(plan: Plan, planned: Planned, started_at: str) -> Row:
@@ -114,7 +219,7 @@ def started(plan: Plan, planned: Planned, started_at: str) -> Row:
         "lr": values["optim"]["lr"],
         "precision": values["precision"],
         "compile": values["compile"],
-        "pack": 1,
+        "pack": arm.pack,
         "threads": values["threads"] or machine.share(),
         "slots": machine.slots(),
         "launch_order": planned.launch_order,
@@ -128,7 +233,7 @@ def started(plan: Plan, planned: Planned, started_at: str) -> Row:
 
 def measured(ready: Prepared, outcome: Outcome, manifest: dict[str, Any]) -> Row:
     """The columns that a finished session adds."""
-    parameters = list(ready.model.parameters())
+    parameters = list(ready.models[0].parameters())
     return {
         **outcome.columns(),
         "device": str(ready.device),
@@ -141,12 +246,14 @@ def measured(ready: Prepared, outcome: Outcome, manifest: dict[str, Any]) -> Row
     }
 
 
-def make_manifest(ready: Prepared, first: dict[str, Tensor]) -> dict[str, Any]:
+def make_manifest(ready: Prepared, seat: int, first: dict[str, Tensor]) -> dict[str, Any]:
     """What ran: the norm layers as observed, options without effect, parameters that never moved."""
     seen = ready.observation
     idle = idle_options(ready.config.norm, seen.layers, among=seen.idle)
-    trained = {id(p) for group in ready.optimizer.param_groups for p in group["params"]}
-    still = never_moved(ready.model, first, trained, seen)
+    in_optimizer = {id(p) for group in ready.optimizer.param_groups for p in group["params"]}
+    whole, model = dict(ready.model.named_parameters()), ready.models[seat]
+    trained = {id(p) for name, p in model.named_parameters() if id(whole[name]) in in_optimizer}
+    still = never_moved(model, first, trained, seen)
     warnings = [f"norm.{key}={ready.config.norm[key]} changed nothing" for key in idle]
     cut = ready.data.train.cut
     if ready.config.sync_bn and cut.ranks == 1:

@@ -75,7 +75,7 @@ class Asked:
         retry_failed: run sessions again that failed before.
         fail_fast: stop at the first session that fails.
         stop_when_decided: ask the statistics after every LOOK_EVERY sessions, end arms that are settled.
-        sessions_per_job: sessions of one job, rounded up to whole repetitions; None for one repetition; 0
+        sessions_per_job: sessions of one job, rounded up to whole blocks; None for one block; 0
             where the launcher takes the whole plan as one job.
         margin: with it, the difference in test accuracy that counts as none, like 0.01 or 2%.
         wait: False where the launcher submits and returns.
@@ -139,14 +139,18 @@ def launch(launcher: Launcher, asked: Asked, plan: Plan, wave: "Wave") -> None:
 
 
 def jobs(plan: Plan, wave: "Wave", asked: Asked) -> Iterator[tuple[int, int]]:
-    """The ranges of a wave that have something to do, each of whole repetitions."""
-    block, size = len(plan.arms), wave.last - wave.first
-    if asked.sessions_per_job != 0:
-        size = block * -(-(asked.sessions_per_job or 1) // block)
-    for first in range(wave.first, wave.last, size):
-        last = min(first + size, wave.last)
+    """The ranges of a wave that have something to do, each of whole blocks."""
+    first, size = wave.first, asked.sessions_per_job
+    for last in plan.block_ends:
+        if (
+            last <= first
+            or last > wave.last
+            or (last < wave.last and (size == 0 or last - first < (size or 1)))
+        ):
+            continue
         if any(plan.open(s) and s.arm not in wave.skip for s in plan.sessions[first:last]):
             yield first, last
+        first = last
 
 
 @dataclass(frozen=True)

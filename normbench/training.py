@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,20 +19,20 @@ from torch.nn.parallel import DistributedDataParallel
 from normbench import device as machine
 from normbench import interrupt, ranks
 from normbench.building import build, norm_layers_of, remake_strangers, state_of
-from normbench.checkpoint import Checkpoints
 from normbench.config import Config
-from normbench.course import Course, Evaluation
+from normbench.course import Course, Evaluation, Run, still_ours
 from normbench.data.loading import Data, EvalPart, load
 from normbench.data.options import DatasetOptions
+from normbench.data.together import batches_of
 from normbench.graphed import GraphedStep, why_not
 from normbench.manifest import Observation, idle_options, kernels_of, observe
 from normbench.models.init import initialise
 from normbench.norms.base import widen
 from normbench.optim import Schedule, make_optimizer, state_tensors
+from normbench.packing import PackedDropout, of_one, own_models, packed
 from normbench.plan import utc_now
 from normbench.progress import SessionProgress
-from normbench.results import EpochRow, EpochTable, Outcome
-from normbench.scalars import Scalars
+from normbench.results import EpochRow
 from normbench.seeds import Seeds
 from normbench.values import Refused
 
@@ -42,11 +42,16 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Prepared:
-    """What is dear, and shared by all sessions of a setting in this process."""
+    """What is dear, and shared by all sessions of a setting in this process.
+
+    `models` are the sessions' own: the model itself, or with `pack` one a seat, whose tensors are its parts
+    of the model's. `first_state` is one session's.
+    """
 
     config: Config
     device: torch.device
     model: nn.Module
+    models: list[nn.Module]
     step_model: nn.Module  # the model, or its compiled form
     parallel: DistributedDataParallel | None  # around it, where several processes train together
     optimizer: torch.optim.Optimizer
@@ -73,6 +78,11 @@ def prepare(config: Config) -> Prepared:
     model = build(config).to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    first_state = {name: tensor.detach().clone() for name, tensor in state_of(model)}
+    models = [model]
+    if config.pack:
+        one, model = model, packed(model, config.pack)
+        models = own_models(one, model, config.pack)
     steps_per_epoch = data.train.steps_per_epoch
     total_steps = config.steps or (config.epochs or 0) * steps_per_epoch
     schedule = Schedule(
@@ -89,6 +99,7 @@ def prepare(config: Config) -> Prepared:
         config=config,
         device=device,
         model=model,
+        models=models,
         step_model=model,
         parallel=None,
         optimizer=make_optimizer(optim, model, norm_layers_of(model).values()),
@@ -96,7 +107,7 @@ def prepare(config: Config) -> Prepared:
         scaler=scaler,
         data=data,
         total_steps=total_steps,
-        first_state={name: tensor.detach().clone() for name, tensor in state_of(model)},
+        first_state=first_state,
         first_scale=scaler.state_dict(),
         observation=Observation({}),
     )
@@ -124,9 +135,9 @@ def look(ready: Prepared) -> None:
 
     Leaves the model in a used state: every session writes its own start first.
     """
-    seeds = Seeds(ready.config.seed, 0)
-    start(ready, seeds)
-    x, y = next(iter(ready.data.train.batches(seeds, epoch=1)))
+    seeds = [Seeds(ready.config.seed, 0)] * len(ready.models)
+    start(ready, *seeds)
+    x, y = next(batches_of(ready.data.train, seeds, epoch=1))
 
     def eval_step() -> None:
         with torch.no_grad(), autocast(ready):
@@ -134,9 +145,11 @@ def look(ready: Prepared) -> None:
 
     layers = norm_layers_of(ready.model)
     ready.observation = observe(ready.model, layers, lambda: train_step(ready, x, y), eval_step)
+    if ready.config.pack:
+        of_one(ready.observation.layers, ready.models[0], len(ready.models))
     interrupt.obey()
     unused = any(p.requires_grad and p.grad is None for p in ready.model.parameters())
-    start(ready, seeds)
+    start(ready, *seeds)
     ready.observation.idle = idle_options(ready.config.norm, ready.observation.layers)
     if ready.config.compile:
         ready.step_model = cast(nn.Module, torch.compile(ready.model))
@@ -158,6 +171,8 @@ def record_steps(ready: Prepared, x: Tensor, y: Tensor) -> None:
     config, train = ready.config, ready.data.train
     layers = norm_layers_of(ready.model).values()
     why = why_not(ready.device, layers, parts=train.cut.parts, compiled=config.compile)
+    if why is None and any(isinstance(layer, PackedDropout) for layer in ready.model.modules()):
+        why = "each session of a pack draws its own dropout"
     if why is not None and config.cuda_graph:
         raise Refused(f"cuda_graph=true: {why}; leave cuda_graph out")
     if why is not None or config.cuda_graph is False:
@@ -191,6 +206,8 @@ def meet_every_size(ready: Prepared, x: Tensor, y: Tensor) -> None:
         own = train.cut.own(last)
         n = own.stop - own.start
         train_step(ready, x[:n], y[:n], last)
+    if ready.config.pack:
+        return  # it evaluates its sessions' own models, as they are
     for part in filter(None, (ready.data.val, ready.data.test)):
         evaluate(ready, part)
 
@@ -211,13 +228,14 @@ def settings_of(config: Config, device: torch.device) -> Iterator[None]:
 
 
 @torch.no_grad()
-def start(ready: Prepared, seeds: Seeds) -> None:
-    """Write a session's whole start state in place: parameters, buffers, optimizer, scaler."""
-    for name, tensor in state_of(ready.model):
-        if name in ready.first_state:  # a layer that makes parameters in its forward makes them again
-            tensor.copy_(ready.first_state[name])
-    remake_strangers(ready.model, seeds)
-    initialise(ready.model, seeds)
+def start(ready: Prepared, *seeds: Seeds) -> None:
+    """Write every seat's whole start state in place: parameters, buffers, optimizer, scaler."""
+    for model, own_seeds in zip(ready.models, seeds, strict=True):
+        for name, tensor in state_of(model):
+            if name in ready.first_state:  # a layer that makes parameters in its forward makes them again
+                tensor.copy_(ready.first_state[name])
+        remake_strangers(model, own_seeds)
+        initialise(model, own_seeds)
     ready.optimizer.zero_grad()
     for tensor in state_tensors(ready.optimizer):
         tensor.zero_()
@@ -225,102 +243,118 @@ def start(ready: Prepared, seeds: Seeds) -> None:
     ready.model.train()
 
 
-def warm_up(ready: Prepared, seeds: Seeds) -> None:
+def warm_up(ready: Prepared, *seeds: Seeds) -> None:
     """A few throw-away steps of a started model, so that the first epoch is timed like the others.
 
     Peak memory counts from here: what the steps need, the allocator then has at hand.
     """
     ready.held = machine.reset_peak_memory(ready.device) - bytes_of(ready)
-    batches = ready.data.train.batches(seeds, epoch=1)
+    batches = batches_of(ready.data.train, seeds, epoch=1)
     for step, (x, y) in enumerate(itertools.islice(batches, WARMUP_STEPS)):
         interrupt.obey()
         ready.schedule.apply(ready.optimizer, step)
         train_step(ready, x, y)
 
 
-def train(
-    ready: Prepared,
-    seeds: Seeds,
-    course: Course,
-    table: EpochTable,
-    scalars: Scalars,
-    progress: SessionProgress,
-    checkpoints: Checkpoints,
-) -> tuple[Outcome, dict[str, Tensor]]:
-    """Train a started model to its last step or to divergence; the outcome and the reported weights."""
+def train(ready: Prepared, seeds: Sequence[Seeds], runs: Sequence[Run], progress: SessionProgress) -> None:
+    """Train started models until sessions end: all at their last step, or one by divergence.
+
+    Those that ended have their outcome; the others, all at one step, are given back as they are.
+
+    Args:
+        seeds: of every seat, those included whose session is not here.
+        runs: the sessions of a pack that are trained; one where nothing is packed.
+    Raises: Interrupted. Lost — no session is ours any more.
+    """
     config, data, clock = ready.config, ready.data, machine.Stopwatch(ready.device)
     steps_per_epoch, every = data.train.steps_per_epoch, config.eval_every
     row_steps = every.count if every.unit == "steps" else steps_per_epoch
     eval_steps = every.count * (1 if every.unit == "steps" else steps_per_epoch)
-    totals, rows, selection, boundary = course.totals, course.rows, course.selection, ranks.Boundary()
-    began = time.perf_counter() - course.elapsed_s
+    totals, done, boundary = runs[0].course.totals, runs[0].course.step, ranks.Boundary()
+    started = time.perf_counter()
+    began = {run.course.seat: started - run.course.elapsed_s for run in runs}
 
-    def save() -> None:
-        course.elapsed_s = time.perf_counter() - began
-        body = course.body(ready)
-        if ranks.first():
-            checkpoints.write(body)
+    def due(epoch_ended: int | None) -> bool:
+        return any(run.checkpoints.due(epoch_ended) for run in runs)
+
+    def note(course: Course, step: int) -> None:
+        course.step, course.elapsed_s = step, time.perf_counter() - began[course.seat]
+
+    def save(step: int) -> None:
+        for run in still_ours(runs):
+            note(run.course, step)
+            body = run.course.body(ready)
+            if ranks.first():
+                run.checkpoints.write(body)
 
     clock.start()
-    for step, (epoch, x, y) in enumerate(endless(data, seeds, course.step), start=course.step + 1):
-        signum, due = boundary.ask(interrupt.asked(), checkpoints.due(None))
+    for step, (epoch, x, y) in enumerate(endless(data, seeds, done), start=done + 1):
+        signum, wanted = boundary.ask(interrupt.asked(), due(None))
         if signum:
             clock.stop()
-            if checkpoints.every is not None:
-                save()
+            if runs[0].checkpoints.every is not None:
+                save(step - 1)
             raise interrupt.Interrupted(signum)
         lr = ready.schedule.apply(ready.optimizer, step - 1)
         images = data.train.images_in((step - 1) % steps_per_epoch)
-        totals.add(*train_step(ready, x, y, images, seeds.number("forward", epoch, step)), y)
+        numbers = [own_seeds.number("forward", epoch, step) for own_seeds in seeds]
+        totals.add(*train_step(ready, x, y, images, *numbers), y)
         progress.step(images)
-        course.step = step
         if step % row_steps and step < ready.total_steps:
-            if due:
+            if wanted:
                 clock.stop()
-                save()
+                save(step)
                 clock.start()
             continue
 
         clock.stop()
-        mean = totals.lap()
-        last = step == ready.total_steps or not math.isfinite(mean.loss)
-        eval_clock, val, test = machine.Stopwatch(ready.device), None, None
-        if last or step % eval_steps == 0:
+        means = totals.lap()
+        last = step == ready.total_steps
+        ending = [run for run in runs if last or not math.isfinite(means[run.course.seat].loss)]
+        eval_clock, evaluated = machine.Stopwatch(ready.device), runs if step % eval_steps == 0 else ending
+        val, test = {}, {}
+        if evaluated:
+            seats = [run.course.seat for run in evaluated]
             eval_clock.start()
-            val = evaluate(ready, data.val) if data.val else None
-            test = evaluate(ready, data.test)
+            val = evaluate(ready, data.val, seats) if data.val else {}
+            test = evaluate(ready, data.test, seats)
             eval_clock.stop()
-        train_time_s = clock.lap()
-        row = EpochRow(
-            epoch=epoch,
-            step=step,
-            train_loss=mean.loss,
-            train_acc=mean.acc,
-            val_loss=val.loss if val else None,
-            val_acc=val.acc if val else None,
-            test_loss=test.loss if test else None,
-            test_acc=test.acc if test else None,
-            lr=lr,
-            epoch_time_s=train_time_s if course.timed else None,
-            eval_time_s=eval_clock.lap() if test else None,
-            images_per_s=mean.images / train_time_s if course.timed else None,
-            peak_memory_mib=(machine.peak_memory(ready.device) - ready.held) / 2**20,
-            finished_at=utc_now(),
-        )
-        checkpoints.held()
-        rows.append(row)
-        course.timed = True
-        for seen_by in (table.append, scalars.write, progress.row):
-            seen_by(row)
-        if test:
-            selection.consider(row, test, ready.model)
-        if last:
-            break
-        if ranks.told(checkpoints.due(None if step % steps_per_epoch else epoch)):
-            save()
+        train_time_s, eval_time_s = clock.lap(), eval_clock.lap() if evaluated else None
+        peak_mib = (machine.peak_memory(ready.device) - ready.held) / 2**20
+        runs = still_ours(runs)
+        for run in runs:
+            course, mean = run.course, means[run.course.seat]
+            own_val, own_test = val.get(course.seat), test.get(course.seat)
+            row = EpochRow(
+                epoch=epoch,
+                step=step,
+                train_loss=mean.loss,
+                train_acc=mean.acc,
+                val_loss=own_val.loss if own_val else None,
+                val_acc=own_val.acc if own_val else None,
+                test_loss=own_test.loss if own_test else None,
+                test_acc=own_test.acc if own_test else None,
+                lr=lr,
+                epoch_time_s=train_time_s if course.timed else None,
+                eval_time_s=eval_time_s if own_test else None,
+                images_per_s=mean.images / train_time_s if course.timed else None,
+                peak_memory_mib=peak_mib,
+                finished_at=utc_now(),
+            )
+            run.write(row, progress)
+            if own_test:
+                course.selection.consider(row, own_test, ready.models[course.seat])
+            if run in ending:
+                note(course, step)
+                run.outcome = course.selection.outcome(course.rows, steps_per_epoch, course.elapsed_s)
+                run.weights = course.selection.weights
+        if ending:
+            for run in runs:
+                note(run.course, step)
+            return
+        if ranks.told(due(None if step % steps_per_epoch else epoch)):
+            save(step)
         clock.start()
-
-    return selection.outcome(rows, steps_per_epoch, time.perf_counter() - began), selection.weights
 
 
 def bytes_of(ready: Prepared) -> int:
@@ -329,11 +363,11 @@ def bytes_of(ready: Prepared) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in own)
 
 
-def endless(data: Data, seeds: Seeds, done: int = 0) -> Iterator[tuple[int, Tensor, Tensor]]:
+def endless(data: Data, seeds: Sequence[Seeds], done: int = 0) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Epoch after epoch of training batches, after the `done` first steps; epochs count from 1."""
     whole, start_step = divmod(done, data.train.steps_per_epoch)
     for epoch in itertools.count(1 + whole):
-        for x, y in data.train.batches(seeds, epoch, start_step):
+        for x, y in batches_of(data.train, seeds, epoch, start_step):
             yield epoch, x, y
         start_step = 0
 
@@ -345,18 +379,19 @@ def autocast(ready: Prepared) -> torch.autocast:
 
 
 def train_step(
-    ready: Prepared, x: Tensor, y: Tensor, images: int | None = None, seed: int = 0
+    ready: Prepared, x: Tensor, y: Tensor, images: int | None = None, *seeds: int
 ) -> tuple[Tensor, Tensor]:
     """One update; returns its loss () and logits (N, classes), still on the device.
 
     Args:
-        x, y: this process's share of the batch.
+        x, y: this process's share of the batch; a pack's, see `batches_of`, whose losses are (sessions,).
         images: of the whole batch, over whose mean loss the gradient is taken; None if all shares are alike.
-        seed: what dropout and sampling norms draw from: each part of the batch from a number of its own.
+        seeds: what dropout and sampling norms draw from, of every session (none: 0): each part of the batch
+            from a number of its own.
     """
     if ready.graphed is not None:
-        return ready.graphed(x, y, seed)
-    outputs = gradients_of(ready, x, y, images, seed)
+        return ready.graphed(x, y, seeds[0] if seeds else 0)
+    outputs = gradients_of(ready, x, y, images, seeds)
     update(ready)
     return outputs
 
@@ -368,9 +403,9 @@ def update(ready: Prepared) -> None:
 
 
 def gradients_of(
-    ready: Prepared, x: Tensor, y: Tensor, images: int | None, seed: int | None
+    ready: Prepared, x: Tensor, y: Tensor, images: int | None, seeds: Sequence[int] | None
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `train_step`, in the parameters; a `seed` of None leaves the generator alone."""
+    """The gradients of `train_step`, in the parameters; `seeds` of None leave the generators alone."""
     model, cut = ready.parallel or ready.step_model, ready.data.train.cut
     count = images or len(y) * cut.ranks
     ready.optimizer.zero_grad()
@@ -378,34 +413,67 @@ def gradients_of(
     for i, (part, labels) in enumerate(
         zip(x.tensor_split(cut.micros), y.tensor_split(cut.micros), strict=True)
     ):
-        if seed is not None:
-            torch.manual_seed(seed + cut.rank * cut.micros + i)
+        if seeds is not None:
+            first = cut.rank * cut.micros + i
+            draw_from(ready, [seed + first for seed in seeds or [0] * len(ready.models)])
         waits = ready.parallel is not None and i < cut.micros - 1
         with ready.parallel.no_sync() if ready.parallel and waits else contextlib.nullcontext():
             with autocast(ready):
                 logits = model(part)
-                loss = F.cross_entropy(
-                    widen(logits), labels, label_smoothing=ready.config.optim["label_smoothing"]
-                )
+                loss = loss_of(widen(logits), labels, ready.config.optim["label_smoothing"])
             share = len(labels) * cut.ranks / count  # the ranks' gradients are averaged
-            ready.scaler.scale(loss if share == 1 else loss * share).backward()  # type: ignore[no-untyped-call]
+            total = loss.sum() if loss.ndim else loss  # no session's loss depends on another's parameters
+            ready.scaler.scale(total if share == 1 else total * share).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach() * (len(labels) / len(y)) if cut.micros > 1 else loss.detach())
         outputs.append(logits.detach())
-    return torch.stack(losses).sum(), torch.cat(outputs)
+    return torch.stack(losses).sum(0), torch.cat(outputs)
+
+
+def draw_from(ready: Prepared, numbers: Sequence[int]) -> None:
+    """Seed what the coming forward pass draws from; in a pack each session's dropout has its own."""
+    torch.manual_seed(numbers[0])
+    if ready.config.pack:
+        for generator, number in zip(
+            cast(list[torch.Generator], ready.model.generators), numbers, strict=True
+        ):
+            generator.manual_seed(number)
+
+
+def loss_of(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """Mean cross entropy (); of a pack (N, sessions · classes) and (N, sessions) → (sessions,)."""
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    each = F.cross_entropy(
+        logits.view(labels.numel(), -1), labels.flatten(), reduction="none", label_smoothing=label_smoothing
+    )
+    return each.view(labels.shape).mean(0)
 
 
 @torch.no_grad()
-def evaluate(ready: Prepared, part: EvalPart) -> Evaluation:
-    """Loss and accuracy over a whole part in evaluation mode; every rank takes some of its batches."""
+def evaluate(ready: Prepared, part: EvalPart, seats: Sequence[int] = (0,)) -> dict[int, Evaluation]:
+    """Loss and accuracy over a whole part in evaluation mode, by seat; every rank takes some of its batches.
+
+    A pack evaluates each of its sessions' own models on its own: these batches are large enough.
+    """
     share_buffers(ready)
-    ready.step_model.eval()
-    losses, predictions = [], []
+    models = {seat: ready.models[seat] if ready.config.pack else ready.step_model for seat in seats}
+    losses: dict[int, list[Tensor]] = {seat: [] for seat in seats}
+    predictions: dict[int, list[Tensor]] = {seat: [] for seat in seats}
+    for model in models.values():
+        model.eval()
     for x, y in part.batches(ranks.rank(), ranks.size()):
-        with autocast(ready):
-            logits = ready.step_model(x)
-        losses.append(F.cross_entropy(widen(logits), y, reduction="sum").double())
-        predictions.append(logits.argmax(1))
-    ready.step_model.train()
+        for seat, model in models.items():
+            with autocast(ready):
+                logits = model(x)
+            losses[seat].append(F.cross_entropy(widen(logits), y, reduction="sum").double())
+            predictions[seat].append(logits.argmax(1))
+    for model in models.values():
+        model.train()
+    return {seat: joined(part, losses[seat], predictions[seat]) for seat in seats}
+
+
+def joined(part: EvalPart, losses: list[Tensor], predictions: list[Tensor]) -> Evaluation:
+    """All ranks' batches of a part as one evaluation: summed loss () and predictions (n,) of each batch."""
     sums = torch.stack(losses).cpu() if losses else torch.empty(0)
     sizes = [len(p) for p in predictions]
     guesses = list(torch.split(torch.cat(predictions).cpu(), sizes)) if predictions else []

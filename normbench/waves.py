@@ -55,6 +55,16 @@ def settled(plan: Plan, looks: "Looks | None") -> set[int]:
     return stopped if len(stopped) < len(plan.arms) - 1 else set(range(len(plan.arms)))
 
 
+def looks_at(plan: Plan) -> list[int]:
+    """After how many sessions of every arm to look: LOOK_EVERY or more, to whole packs, and at the end."""
+    at = [0]
+    for end in plan.block_ends:
+        done = end // len(plan.arms)
+        if done - at[-1] >= LOOK_EVERY or end == len(plan.sessions):
+            at.append(done)
+    return at[1:]
+
+
 def waves(plan: Plan, looks: "Looks", margin: str | None) -> Iterator["Wave"]:
     """LOOK_EVERY sessions of every arm that is still open, then a look at the statistics, and so on.
 
@@ -69,7 +79,7 @@ def waves(plan: Plan, looks: "Looks", margin: str | None) -> Iterator["Wave"]:
     if looks.at:  # what failed since, and is to run again
         yield Wave(0, block * looks.at[-1], sorted(settled(plan, looks)))
     margins = {"test_acc": Margin.of(margin, "margin")} if margin else {}
-    for done in Looks.every(LOOK_EVERY, planned, planned).at:
+    for done in looks_at(plan):
         if done in looks.at:
             continue
         first = block * (looks.at[-1] if looks.at else 0)

@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ from normbench.results import Row
 from normbench.values import Refused
 
 if TYPE_CHECKING:
+    from normbench.session import Claimed
     from normbench.training import Prepared
 
 PREPARED_AT_ONCE = 8
@@ -47,16 +48,17 @@ def work(
     code: str | None = None,
     most: int | None = None,
     fail_fast: bool = False,
-    told: Callable[[int | None], None] = lambda place: None,
+    told: Callable[[Sequence[int]], None] = lambda places: None,
 ) -> bool:
     """Train what nobody has trained, claimed or failed among `plan.sessions[first:last]`.
 
     Args:
         skip: arms to pass over.
         code: the hash of the code at submission; Refused where this process would run other code.
-        most: train so many sessions at most.
+        most: train so many sessions at most, rounded up to whole packs.
         fail_fast: FailedFast at the first session that fails; else its failure is written down, and on.
-        told: called with the place in the plan of each session that starts, and None when it has ended.
+        told: called with the places in the plan of the sessions that start together, and none when they
+            have ended.
     Returns: False after a walk to the end, True where `most` ended it before.
     Raises: Interrupted — a signal came; the session it caught has a checkpoint and may go on anywhere.
     """
@@ -64,70 +66,96 @@ def work(
     prepared: OrderedDict[int, Prepared] = OrderedDict()
     trained = 0
     with interrupt.listening():
-        for place, planned in enumerate(plan.sessions[first:last], first):
+        for pack in plan.packs(first, last):
             interrupt.obey()
-            if planned.arm in skip or not plan.open(planned):
+            places = [p for p in pack if plan.sessions[p].arm not in skip and plan.open(plan.sessions[p])]
+            if not places:
                 continue
-            if trained == most:
+            if most is not None and trained >= most:
                 return True
-            trained += train_one(plan, planned, place, prepared, fail_fast, told)
+            trained += train_pack(plan, places, prepared, fail_fast, told)
     return False
 
 
-def train_one(
+def train_pack(
     plan: Plan,
-    planned: Planned,
-    place: int,
+    places: Sequence[int],
     prepared: "OrderedDict[int, Prepared]",
     fail_fast: bool,
-    told: Callable[[int | None], None],
-) -> bool:
-    """Claim and train one session; False where another process has it or just had it."""
+    told: Callable[[Sequence[int]], None],
+) -> int:
+    """Claim and train the sessions of a pack, or the one that is alone, together; how many this process had.
+
+    Those that another process has, or just had, are left out.
+    """
     from normbench import session
 
-    folder, started_at = plan.session_folder(planned), utc_now()
+    taken: dict[int, Claimed] = {}
     try:
-        claim = claims.take(folder, session.started(plan, planned, started_at))
-    except OSError as error:  # a full disk, a folder that is not ours
-        say(f"failed: {folder}: cannot be claimed: {error.strerror}", error=True)
-        return False
-    if claim is None:
-        return False
-    try:
-        if not plan.open(planned):  # another process ended it between our look and our claim
-            if plan.finished(planned):
-                claim.remove()
-            return False
-        told(place)
-        attempts = failure.attempts(folder)
+        for place in places:
+            if claimed := claim(plan, plan.sessions[place]):
+                taken[place] = claimed
+        if not taken:
+            return 0
+        told(list(taken))
+        pack = list(taken.values())
+        attempts = [failure.attempts(each.folder) for each in pack]
         try:
-            write_whole(folder / "config.yaml", plan.config_text(planned))
+            for each in pack:
+                write_whole(each.folder / "config.yaml", plan.config_text(each.planned))
+            planned, started_at = pack[0].planned, pack[0].started_at
             fresh = not is_ready(plan, planned, prepared)
-            with ranks.session((plan, place, started_at, attempts, fresh)):
-                ready = ready_for(plan, planned, prepared)
-                session.run_session(ready, plan.config(planned), plan, planned, started_at, claim)
+            with ranks.session((plan, next(iter(taken)), started_at, attempts[0], fresh)):
+                ended = session.run_pack(ready_for(plan, planned, prepared), pack)
         except claims.Lost as lost:
             say(str(lost), error=True)
             if ranks.size() > 1:
                 raise FailedFast from lost
         except (Exception, SystemExit) as error:
-            prepared.pop(planned.arm, None)
-            if failure.attempts(folder) == attempts:  # else another rank has said why
-                write_down(folder, session.started(plan, planned, started_at), error)
+            prepared.pop(pack[0].planned.arm, None)
+            for each, before in zip(pack, attempts, strict=True):
+                # else it had ended, or another rank has said why
+                if plan.open(each.planned) and failure.attempts(each.folder) == before:
+                    write_down(each.folder, each.row, error)
             if fail_fast or ranks.size() > 1:
                 raise FailedFast from error
         else:
-            claim.remove()
-        if planned.arm not in prepared:
+            for each in ended:
+                if each.claim:
+                    each.claim.remove()
+        if pack[0].planned.arm not in prepared:
             free_memory()
-        told(None)
-        return True
+        told([])
+        return len(taken)
     except Interrupted as stopped:
-        if plan.open(planned):  # else its time was up, and the launcher has said so
-            say(f"{folder}: {stopped}; the same command goes on from here", error=True)
+        for each in taken.values():
+            if plan.open(each.planned):  # else its time was up, and the launcher has said so
+                say(f"{each.folder}: {stopped}; the same command goes on from here", error=True)
         raise
     finally:
-        claim.release()
+        for each in taken.values():
+            if each.claim:
+                each.claim.release()
+
+
+def claim(plan: Plan, planned: Planned) -> "Claimed | None":
+    """Claim a session; None where another process has it or just had it."""
+    from normbench import session
+
+    folder, started_at = plan.session_folder(planned), utc_now()
+    try:
+        held = claims.take(folder, session.started(plan, planned, started_at))
+    except OSError as error:  # a full disk, a folder that is not ours
+        say(f"failed: {folder}: cannot be claimed: {error.strerror}", error=True)
+        return None
+    if held is None:
+        return None
+    if plan.open(planned):
+        return session.Claimed(plan, planned, held, started_at)
+    if plan.finished(planned):  # another process ended it between our look and our claim
+        held.remove()
+    held.release()
+    return None
 
 
 def follow(cuda: bool) -> None:
@@ -149,12 +177,12 @@ def follow(cuda: bool) -> None:
                 break
             plan, place, started_at, attempts, fresh = task
             planned = plan.sessions[place]
+            task_of_rank_0 = session.Claimed(plan, planned, None, started_at)
             folder = plan.session_folder(planned)
             try:
                 if fresh:
                     prepared.pop(planned.arm, None)
-                ready = ready_for(plan, planned, prepared)
-                session.run_session(ready, plan.config(planned), plan, planned, started_at, None)
+                session.run_pack(ready_for(plan, planned, prepared), [task_of_rank_0])
             except (Exception, SystemExit) as error:
                 if failure.attempts(folder) == attempts and not ranks.lost_one(error):
                     write_down(folder, session.started(plan, planned, started_at), error)
@@ -234,9 +262,9 @@ def main() -> None:
     if given.told is not None:
         watch_parent(given.grace)
 
-    def told(place: int | None) -> None:
+    def told(places: Sequence[int]) -> None:
         if given.told is not None:
-            os.write(given.told, b"-\n" if place is None else f"{place}\n".encode())
+            os.write(given.told, f"{' '.join(map(str, places)) or '-'}\n".encode())
 
     with one_line_errors("worker"):
         if ranks.size() > 1:

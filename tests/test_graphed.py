@@ -45,7 +45,7 @@ def session(ready: training.Prepared, number: int) -> list[Tensor]:
     training.start(ready, seeds)
     sums = []
     steps = 2 * ready.data.train.steps_per_epoch
-    for step, (epoch, x, y) in zip(range(steps), training.endless(ready.data, seeds), strict=False):
+    for step, (epoch, x, y) in zip(range(steps), training.endless(ready.data, [seeds]), strict=False):
         ready.schedule.apply(ready.optimizer, step)
         totals.add(*training.train_step(ready, x, y, len(y), seeds.number("forward", epoch, step)), y)
         sums.append(totals.loss.clone())

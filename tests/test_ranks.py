@@ -213,7 +213,7 @@ def trained(rank: int, config: Config, overflow: bool = False) -> Result:
         ready, seeds = training.prepare(config), Seeds(0, 0)
         training.start(ready, seeds)
         totals, train, scales = Totals(ready.device), ready.data.train, []
-        batches = zip(range(STEPS), training.endless(ready.data, seeds), strict=False)
+        batches = zip(range(STEPS), training.endless(ready.data, [seeds]), strict=False)
         for step, (epoch, x, y) in batches:
             before = [p.detach().clone() for p in ready.model.parameters()]
             x = x * 1e30 if overflow and step == 2 and rank == 1 else x
@@ -222,11 +222,11 @@ def trained(rank: int, config: Config, overflow: bool = False) -> Result:
             totals.add(*loss, y)
             moved = any(not torch.equal(p, b) for p, b in zip(ready.model.parameters(), before, strict=True))
             scales.append((ready.scaler.get_scale(), moved))
-        shown = training.evaluate(ready, ready.data.test)
+        shown = training.evaluate(ready, ready.data.test)[0]
         return {
             "parameters": {name: p.detach().clone() for name, p in ready.model.named_parameters()},
             "buffers": {name: b.clone() for name, b in ready.model.named_buffers()},
-            "train": totals.lap(),
+            "train": totals.lap()[0],
             "test": (shown.loss, shown.acc),
             "predictions": shown.predictions,
             "labels": shown.labels,

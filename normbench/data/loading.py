@@ -22,6 +22,9 @@ class _Source(Protocol):
     @property
     def labels(self) -> Tensor: ...
 
+    @property
+    def normalize(self) -> Normalizer: ...
+
     def augmented(
         self, rows: Sequence[Tensor], seeds: Seeds, epoch: int, first_step: int, own: Own
     ) -> Iterator[tuple[Tensor, Tensor]]: ...
@@ -57,6 +60,12 @@ class TrainPart:
         """Images of a step's batch, of all shares; an epoch's first step is 0."""
         return min(self.batch_size, self.num_samples - step * self.batch_size)
 
+    def order(self, seeds: Seeds, epoch: int) -> Tensor:
+        """The images of an epoch (n,) int64 in their order."""
+        if not self.shuffle:
+            return self.index
+        return self.index[torch.randperm(len(self.index), generator=seeds.generator("order", epoch))]
+
     def batches(self, seeds: Seeds, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Augmented x (N, C, H, W) float32 and y (N,) int64 of an epoch, from step `start_step` (first: 0).
 
@@ -65,10 +74,7 @@ class TrainPart:
         """
         if int_from("start_step", start_step, 0) > self.steps_per_epoch:
             raise ValueError(f"start_step must be an int from 0 to {self.steps_per_epoch}, got {start_step}")
-        index = self.index
-        if self.shuffle:
-            index = index[torch.randperm(len(index), generator=seeds.generator("order", epoch))]
-        rows = torch.split(index, self.batch_size)[start_step : self.steps_per_epoch]
+        rows = torch.split(self.order(seeds, epoch), self.batch_size)[start_step : self.steps_per_epoch]
         return self.source.augmented(rows, seeds, epoch, start_step, self.cut.own)
 
 

@@ -53,6 +53,11 @@ class Augment:
     cutout: int
     cutout_p: float
 
+    @property
+    def any(self) -> bool:
+        """Whether anything is changed at all."""
+        return bool(self.crop or self.flip or self.cutout)
+
 
 @dataclass(frozen=True)
 class DatasetOptions:
