@@ -246,9 +246,11 @@ void backward_last(const T* dy, const T* x, T* dx, const Shape& s, const A* mean
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     std::vector<T> line(c);
+    std::vector<A> own(2 * c);
+    A *S = own.data(), *Q = S + c;
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
-      A *S = sums.data() + block * 2 * c, *Q = S + c;
+      std::fill(own.begin(), own.end(), A(0));
       for (int64_t row = block * per_block; row < std::min(rows, (block + 1) * per_block); ++row) {
         const bool some = s.row_sampled(row);
         for (int64_t column = 0; column < s.w; ++column) {
@@ -262,6 +264,7 @@ void backward_last(const T* dy, const T* x, T* dx, const Shape& s, const A* mean
           }
         }
       }
+      std::copy(own.begin(), own.end(), sums.begin() + block * 2 * c);
     }
 #pragma omp single
     {
