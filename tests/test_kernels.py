@@ -184,6 +184,26 @@ def test_torch_takes_the_operators_as_its_own() -> None:
         )
 
 
+def test_a_second_derivative_is_refused_not_zero() -> None:
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    for layer in (MBN(3, stride=2, impl="fused"), MBN(3, impl="fused").eval()):
+        (dx,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative; use impl=reference"):
+            dx.square().sum().backward()
+
+
+def test_running_moments_may_move_before_the_backward_of_an_evaluation() -> None:
+    torch.manual_seed(0)
+    x, gradients = torch.randn(4, 3, 5, 5), []
+    for impl in ("fused", "reference"):
+        layer, own = MBN(3, impl=impl), x.clone().requires_grad_()
+        y = layer.eval()(own)
+        layer.train()(x)
+        y.square().sum().backward()
+        gradients.append(own.grad)
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_whole_it_gives_the_same_numbers(backend: str) -> None:
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """Batch norm as one operator, ReLU inside or not: C++ on the CPU, Triton on CUDA.
 
 Two operators, both with fake tensors and autograd, so that autocast, torch.compile, CUDA graphs and
-DistributedDataParallel take them as they take torch's own; the backward is a third and has no derivative.
+DistributedDataParallel take them as they take torch's own; the backward is a third, without a derivative.
 
     normbench::batch_norm   x measured at every `steps`-th position, then normalized: y, mean, var
     normbench::normalized   x by moments that are given: y
@@ -10,7 +10,7 @@ Their readable twin is `normbench.norms.base.PlainBatchNorm`; tests hold the ker
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -152,7 +152,8 @@ def _keep_for_measured(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _keep_for_given(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, mean, var, weight, bias, ctx.eps, ctx.relu = inputs
     ctx.steps = ()
-    ctx.save_for_backward(x, weight, bias, mean, var)
+    # running moments may be updated in place before the backward
+    ctx.save_for_backward(x, weight, bias, mean.clone(), var.clone())
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -176,6 +177,10 @@ def _backward_of_given(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return dx, None, None, dweight, dbias, None, None
 
 
+def _no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
+    raise RuntimeError("the fused batch norm has no second derivative; use impl=reference")
+
+
 torch.library.impl("normbench::batch_norm", ("cpu", "cuda"), _measure)
 torch.library.impl("normbench::normalized", ("cpu", "cuda"), _normalize)
 torch.library.impl("normbench::batch_norm_backward", ("cpu", "cuda"), _differentiate)
@@ -186,3 +191,4 @@ torch.library.register_autograd(
     "normbench::batch_norm", _backward_of_measured, setup_context=_keep_for_measured
 )
 torch.library.register_autograd("normbench::normalized", _backward_of_given, setup_context=_keep_for_given)
+torch.library.register_autograd("normbench::batch_norm_backward", _no_second_derivative)
