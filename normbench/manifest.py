@@ -154,13 +154,14 @@ def idle_options(
 
     Each is put back to its default in a copy of the layer. "Nothing" means equal bits in output, gradients
     and running statistics, in training and evaluation, by the same operators on the same parameters, at any
-    count of batches that an option of whole numbers may mean. `among` limits which options are tried.
+    count of batches that an option of whole numbers may mean. An option whose default is "auto" is not tried:
+    that may have chosen the same. `among` limits which options are tried.
     """
     make_norm = make(dict(norm))
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(make_norm.func).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
+        if parameter.default not in (inspect.Parameter.empty, "auto")
     }
     changed = [key for key, value in norm.items() if key in defaults and value != defaults[key]]
     tried = [key for key in changed if among is None or key in among]

@@ -375,6 +375,9 @@ def test_mbn_refuses_other_samples():
         ("mbn_batch", {"stride": 2}, []),
         ("mbn_random", {"stride": 2}, []),
         ("mbn_rows", {"stride": 1}, ["sample"]),  # stride 1: every sample is everything
+        ("mbn", {"stride": 2, "impl": "fused"}, []),  # auto, the default, chooses it too
+        ("bn", {"impl": "fused"}, []),
+        ("mbn", {"stride": 2, "affine_impl": "vector"}, ["affine_impl"]),  # the operator has its own
         ("mabn", {"buffer_size": 4, "warmup_steps": 9, "r_warmup_steps": 12, "r_max": 1.2}, []),
         ("memorized_bn", {"window": 5}, []),
         ("range_bn", {"num_chunks": 4}, []),
