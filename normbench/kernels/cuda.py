@@ -248,6 +248,18 @@ def _reduction(splits: int, c: int) -> tuple[int, int, tuple[int]]:
     return rows, channels, (triton.cdiv(c, channels),)
 
 
+def _on_its_device(launch):
+    """Triton launches on the current device, which need not be the first tensor's."""
+
+    @functools.wraps(launch)
+    def there(tensor, *args):
+        with torch.cuda.device_of(tensor):  # nothing on the CPU
+            return launch(tensor, *args)
+
+    return there
+
+
+@_on_its_device
 def forward(
     x: Tensor,
     weight: Tensor | None,
@@ -281,6 +293,7 @@ def forward(
     return y, mean, var
 
 
+@_on_its_device
 def backward(
     dy: Tensor,
     x: Tensor,
