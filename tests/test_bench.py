@@ -336,6 +336,8 @@ def test_an_earlier_run_beside_this_one(
         ("rounds=0", "rounds must be an int ≥ 1, got 0"),
         ("suite=[]", r"suite=\[\]: nothing to measure; there are layer, step"),
         ("against=none.json", "against=none.json: no such file"),
+        (f"join=[{__file__}]", f"join={__file__} is no result of this version's bench"),
+        ("out=/dev/null", "out=/dev/null: /dev/null: File exists; choose another place"),
         ("page=.", "page=. is no file's name"),
         ("device=tpu", "device must be auto, cpu, cuda or cuda:N"),
         ("norm=mbn", "unknown key 'norm'"),

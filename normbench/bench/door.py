@@ -86,9 +86,12 @@ def check(values: Values, suites: Sequence[str]) -> None:
         folder = Path(target) if key == "out" else Path(target).parent
         if not str(target) or (key == "page" and Path(target).is_dir()):
             raise Refused(f"{key}={target or repr('')} is no file's name")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Refused(f"{key}={target}: {line_of(error)}; choose another place") from error
         if not os.access(folder, os.W_OK):
-            raise Refused(f"{key}={target}: {folder} cannot be written to")
+            raise Refused(f"{key}={target}: {folder} cannot be written to; choose another place")
 
 
 class Files:
