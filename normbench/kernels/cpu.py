@@ -45,7 +45,8 @@ def _load() -> ctypes.CDLL | str:
     try:
         return ctypes.CDLL(str(_built(flags, f"{platform.machine()}-{capability}".lower())))
     except (OSError, RuntimeError, ImportError) as error:  # no compiler, no ninja, no place to write
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        lines = str(error).strip().splitlines() or [type(error).__name__]  # a builder's begin with commands
+        reason = next((line for line in lines if "error:" in line or "not found" in line), lines[0])
         warnings.warn(
             f"the CPU kernels of impl=fused cannot be compiled ({reason}); impl=auto takes the readable path",
             stacklevel=2,
