@@ -11,8 +11,11 @@ from conftest import Trainer
 from normbench.plan import read_json
 
 FAULTS = """
-import resource, torch
+import ctypes, resource, torch
 from normbench.device import give_back_memory, tune_allocator
+
+PR_SET_THP_DISABLE = 41  # huge pages would cost a fault for every 512
+ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 tuned = tune_allocator() and tune_allocator()
 
