@@ -51,6 +51,11 @@ def wrong(
     twice = cuda.backward(dy, x, w, b, mean, var, (), 1e-5, relu)
     if not all(torch.equal(a, b) for a, b in zip(checked["given"][0], twice, strict=True)):
         found.append(f"not deterministic: {shape}")
+    half = [None if t is None else t.bfloat16() for t in (w, b, mean, var)]  # model.bfloat16()'s
+    wide = [None if t is None else t.float() for t in half]
+    narrowed, widened = (cuda.backward(dy, x, *own, (), 1e-5, relu) for own in (half, wide))
+    if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(narrowed, widened, strict=True)):
+        found.append(f"moments in bfloat16: {shape}")
     if not torch.equal(cuda.forward(x, w, b, mean, var, (), 1e-5, relu)[0], y):
         found.append(f"given moments: {shape}")
     return found

@@ -139,7 +139,8 @@ def _fake_given(x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, eps: flo
 def _fake_backward(
     dy: Tensor, x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Any, steps: Any, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(_dense(x)), torch.empty_like(mean), torch.empty_like(mean)
+    dweight = x.new_empty((x.shape[1],), dtype=_moments_dtype(x))
+    return torch.empty_like(_dense(x)), dweight, torch.empty_like(dweight)
 
 
 def _keep_for_measured(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

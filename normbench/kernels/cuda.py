@@ -170,7 +170,7 @@ def _settle(parts, var, dweight, dbias, C, splits, eps, BS: tl.constexpr, BC: tl
     s = tl.arange(0, BS)
     inside = (s < splits)[:, None] & (c < C)[None, :]
     at = parts + s[:, None] * 2 * C + c[None, :]
-    inverse = 1.0 / tl.sqrt(tl.load(var + c, mask=c < C, other=1) + eps)
+    inverse = 1.0 / tl.sqrt(tl.load(var + c, mask=c < C, other=1).to(tl.float32) + eps)
     tl.store(dbias + c, tl.sum(tl.load(at, mask=inside, other=0), 0), mask=c < C)
     tl.store(dweight + c, tl.sum(tl.load(at + C, mask=inside, other=0), 0) * inverse, mask=c < C)
 
@@ -308,7 +308,8 @@ def backward(
     """Gradients of x, weight and bias, for dy as dense as x."""
     launch, c = _launch(x), x.shape[1]
     positions, (_, height, width) = x.numel() // c, launch.sizes
-    dx, dweight, dbias = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
+    dx, dweight = torch.empty_like(x), x.new_empty(c, dtype=torch.float32)
+    dbias = torch.empty_like(dweight)
     options: dict[str, Any] = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "RELU": relu}
     tile = {"BP": launch.positions, "BC": launch.channels}
     every = (steps[0], *(1,) * (5 - x.ndim), *steps[1:]) if steps else (1, 1, 1, 1)
