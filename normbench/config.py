@@ -352,6 +352,8 @@ def check_together(values: Values) -> None:
     check_dataset(values)
     if values["cuda_graph"] and values["device"] == "cpu":
         raise Refused("cuda_graph=true needs a CUDA device, got device=cpu; leave cuda_graph out")
+    if values["norm"].get("impl") == "fused" and values["precision"] == "fp16" and values["device"] == "cpu":
+        raise Refused("norm.impl=fused has no float16 on a CPU; use precision=bf16, or norm.impl=auto")
     schedule = values["optim"]["schedule"]
     if schedule["name"] == "one_cycle" and not 0 < schedule["warmup"] <= 0.5:
         got = schedule["warmup"]

@@ -38,6 +38,11 @@ class LayerObservation:
     probe: Tensor | None = None  # a few samples of its input
     ops: dict[str, Counter[str]] = field(default_factory=dict)  # phase → operator → calls
 
+    @property
+    def fused(self) -> bool:
+        """Whether operators of ours ran."""
+        return any(op.startswith("normbench.") for counts in self.ops.values() for op in counts)
+
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
         parameters = list(self.layer.parameters())
@@ -48,7 +53,7 @@ class LayerObservation:
             "input_shape": list(self.shape),
             "parameters": sum(p.numel() for p in parameters),
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-            "fused": any(op.startswith("normbench.") for counts in self.ops.values() for op in counts),
+            "fused": self.fused,
             "ops": {phase: dict(counts) for phase, counts in self.ops.items()},
         }
 

@@ -51,7 +51,8 @@ def room_for(
     if wanted is False:
         return None
     if key not in _kept:
-        if wanted is None and bytes_of(count, shape) > SHARE * free_memory():
+        promised = sum(kept.images.numel() for kept in _kept.values())
+        if wanted is None and promised + bytes_of(count, shape) > SHARE * free_memory():
             return None
         _kept[key] = Kept.of(count, shape)
     return _kept[key]
