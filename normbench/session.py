@@ -76,12 +76,11 @@ class Claimed:
         return int(self.saved["step"]) if self.saved else 0
 
 
-def run_pack(ready: Prepared, pack: Sequence[Claimed]) -> list[Claimed]:
-    """Train the sessions of a pack, or the one that is alone, in their folders; returns those that ended.
+def run_pack(ready: Prepared, pack: Sequence[Claimed]) -> None:
+    """Train the sessions of a pack, or the one that is alone, in their folders.
 
     Those that go on from different steps are trained one group after another.
     """
-    ended: list[Claimed] = []
     with settings_of(ready.config, ready.device):
         start(ready, *seeds_of(ready, pack))
         for each in pack:  # before the warm-up, from which peak memory counts
@@ -103,8 +102,7 @@ def run_pack(ready: Prepared, pack: Sequence[Claimed]) -> list[Claimed]:
                 for each, course in zip(group, courses, strict=True):
                     waiting.setdefault(step if course else 0, []).append(each)
                 continue
-            ended += run_group(ready, group, [course for course in courses if course])
-    return ended
+            run_group(ready, group, [course for course in courses if course])
 
 
 def seeds_of(ready: Prepared, sessions: Sequence[Claimed]) -> list[Seeds]:
@@ -128,13 +126,12 @@ def course_of(ready: Prepared, each: Claimed, totals: Totals) -> Course | None:
         return None
 
 
-def run_group(ready: Prepared, group: Sequence[Claimed], courses: Sequence[Course]) -> list[Claimed]:
-    """Train started sessions that are at one step to their ends; returns those that are still ours then."""
+def run_group(ready: Prepared, group: Sequence[Claimed], courses: Sequence[Course]) -> None:
+    """Train started sessions that are at one step to their ends."""
     config, step = ready.config, courses[0].step
     seeds = seeds_of(ready, group)
     quiet = group[0].claim is None
     title = group[0].title + (f"-s{group[-1].planned.session}" if len(group) > 1 else "")
-    ended: list[Claimed] = []
     with contextlib.ExitStack() as stack:
         runs = []
         for each, course in zip(group, courses, strict=True):
@@ -159,9 +156,7 @@ def run_group(ready: Prepared, group: Sequence[Claimed], courses: Sequence[Cours
             for each, run in zip(group, runs, strict=True):
                 if run in open_runs and run.outcome and each.claim:
                     finish(ready, each, run)
-                    ended.append(each)
             open_runs = [run for run in open_runs if run.outcome is None and not run.lost]
-    return ended
 
 
 def finish(ready: Prepared, each: Claimed, run: Run) -> None:

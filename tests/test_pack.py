@@ -16,6 +16,7 @@ import torch
 from conftest import Planner, Trainer
 from folders import claimed
 
+import normbench.session
 from normbench import checkpoint, training
 from normbench import claim as claims
 from normbench.building import build, norm_layers_of, state_of
@@ -206,7 +207,7 @@ def disturbed(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     @contextlib.contextmanager
     def make(at: int, act: Callable[[training.Prepared], None]) -> Iterator[None]:
-        real_step, real_train, done = training.train_step, training.train, {"steps": -1}
+        real_step, real_train, done = training.train_step, normbench.session.train, {"steps": -1}
 
         def train_loop(*args: Any) -> None:
             done["steps"] = max(0, done["steps"])
@@ -228,6 +229,15 @@ def disturbed(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def kill(ready: training.Prepared) -> None:
     raise Killed
+
+
+def fail(ready: training.Prepared) -> None:
+    raise RuntimeError("out of memory")
+
+
+def poison(ready: training.Prepared) -> None:
+    """Session 1 diverges: its row of epoch 2, which the fifth step is in, is its last."""
+    next(iter(ready.models[1].parameters())).data.fill_(math.inf)
 
 
 def test_a_killed_pack_ends_as_if_it_had_not_been(
@@ -263,9 +273,6 @@ def test_sessions_at_different_steps_go_on_in_groups(
 
 
 def test_one_that_diverges_ends_alone(train: Trainer, whole: Plan, disturbed: Any) -> None:
-    def poison(ready: training.Prepared) -> None:
-        next(iter(ready.models[1].parameters())).data.fill_(math.inf)
-
     with disturbed(5, poison):
         hurt = train(*TINY, "session=range(4)", "out=hurt")
     assert_same(whole, hurt, [0, 2, 3])
@@ -273,12 +280,17 @@ def test_one_that_diverges_ends_alone(train: Trainer, whole: Plan, disturbed: An
     assert row["status"] == "diverged" and [line["epoch"] for line in epochs] == ["1", "2"]
 
 
+def test_an_error_fails_no_session_that_had_ended(train: Trainer, disturbed: Any) -> None:
+    with disturbed(5, poison), disturbed(9, fail):
+        hurt = train(*TINY, "session=range(4)", "out=hurt", fails=1)
+    assert [hurt.finished(planned) for planned in hurt.sessions] == [False, True, False, False]
+    left = {path.name for path in hurt.session_folder(hurt.sessions[1]).iterdir()}
+    assert left == {"config.yaml", "epochs.csv", "session.json", "model.pt"}
+
+
 def test_an_error_fails_every_session_of_its_pack(
     train: Trainer, whole: Plan, disturbed: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(ready: training.Prepared) -> None:
-        raise RuntimeError("out of memory")
-
     with disturbed(5, fail):
         failed = train(*TINY, "session=range(6)", "out=failed", fails=1)
     assert "4 of 6 sessions failed" in capsys.readouterr().err
