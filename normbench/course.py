@@ -94,7 +94,7 @@ class Course:
         return course
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """One session while it trains: how far it is, and what it writes.
 

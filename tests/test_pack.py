@@ -280,6 +280,20 @@ def test_one_that_diverges_ends_alone(train: Trainer, whole: Plan, disturbed: An
     assert row["status"] == "diverged" and [line["epoch"] for line in epochs] == ["1", "2"]
 
 
+def test_the_checkpoint_of_an_epoch_in_which_one_diverges_is_written(
+    train: Trainer, whole: Plan, disturbed: Any
+) -> None:
+    with disturbed(5, poison), disturbed(9, kill), pytest.raises(Killed):
+        train(*TINY, "session=range(4)", "out=hurt")
+    folders = sorted(path.parent for path in Path("hurt").rglob(checkpoint.NEWEST))
+    assert [(folder.name, checkpoint.epoch_of(folder)) for folder in folders] == [
+        ("s0", 2),
+        ("s2", 2),
+        ("s3", 2),
+    ]
+    assert_same(whole, train(*TINY, "session=range(4)", "out=hurt"), [0, 2, 3])
+
+
 def test_an_error_fails_no_session_that_had_ended(train: Trainer, disturbed: Any) -> None:
     with disturbed(5, poison), disturbed(9, fail):
         hurt = train(*TINY, "session=range(4)", "out=hurt", fails=1)
