@@ -404,10 +404,11 @@ def test_two_processes_share_packs(train: Trainer, whole: Plan) -> None:
     assert_same(whole, train(*TINY, "session=range(6)", "out=two", "hydra.launcher.n_jobs=2"), range(6))
 
 
-def test_statistics_refuse_to_compare_packed_times(train: Trainer) -> None:
+def test_statistics_refuse_to_compare_packed_times_and_memory(train: Trainer) -> None:
     plan = train(*TINY, "norm=obn,mbn", "session=range(4)", "out=times")
-    command = [sys.executable, "-m", "normbench.stats", str(plan.folder), "--metric", "epoch_time_s"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert (
-        "not comparable" in found.stdout and "pack=4: a packed session's time is its pack's" in found.stdout
-    )
+    metrics = ["--metric", "epoch_time_s", "--metric", "peak_memory_mib", "--metric", "test_acc"]
+    command = [sys.executable, "-m", "normbench.stats", str(plan.folder), *metrics]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert found.count("not comparable: pack=4: a packed session's") == 2
+    assert "a packed session's time is its pack's" in found
+    assert "a packed session's memory is its pack's" in found
