@@ -19,7 +19,6 @@ from normbench.packing import own
 from normbench.progress import SessionProgress
 from normbench.results import EpochRow, EpochTable, Outcome
 from normbench.scalars import Scalars
-from normbench.seeds import Seeds
 
 if TYPE_CHECKING:
     from normbench.training import Prepared
@@ -95,15 +94,14 @@ class Course:
         return course
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
-    """One session while it trains: its place, its random numbers, how far it is, and what it writes.
+    """One session while it trains: how far it is, and what it writes.
 
     `outcome` and the reported `weights` are there when it has ended; `lost`: another process took it.
     """
 
     title: str
-    seeds: Seeds
     course: Course
     table: EpochTable
     scalars: Scalars

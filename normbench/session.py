@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,13 @@ from normbench.training import Prepared, settings_of, start, train, warm_up
 @dataclass
 class Claimed:
     """A session that this process is to train: its place in the plan, its claim (None on a rank that only
-    follows), and the checkpoint that it goes on from."""
+    follows), its parameters at the start, on the CPU, and the checkpoint that it goes on from."""
 
     plan: Plan
     planned: Planned
     claim: Claim | None
     started_at: str
+    first: dict[str, Tensor] = field(default_factory=dict)
     saved: Body | None = None
 
     @property
@@ -75,14 +76,16 @@ class Claimed:
         return int(self.saved["step"]) if self.saved else 0
 
 
-def run_pack(ready: Prepared, pack: Sequence[Claimed]) -> list[Claimed]:
-    """Train the sessions of a pack, or the one that is alone, in their folders; returns those that ended.
+def run_pack(ready: Prepared, pack: Sequence[Claimed]) -> None:
+    """Train the sessions of a pack, or the one that is alone, in their folders.
 
     Those that go on from different steps are trained one group after another.
     """
-    ended: list[Claimed] = []
     with settings_of(ready.config, ready.device):
         start(ready, *seeds_of(ready, pack))
+        for each in pack:  # before the warm-up, from which peak memory counts
+            own = ready.models[each.seat].named_parameters()
+            each.first = {name: parameter.detach().cpu().clone() for name, parameter in own}
         warm_up(ready, *seeds_of(ready, pack))
         waiting: dict[int, list[Claimed]] = {}
         for each in pack:
@@ -93,15 +96,13 @@ def run_pack(ready: Prepared, pack: Sequence[Claimed]) -> list[Claimed]:
             step = max(waiting)
             group = waiting.pop(step)
             start(ready, *seeds_of(ready, group))
-            firsts = [parameters_of(ready, each) for each in group]
             totals = Totals(ready.device, len(ready.models))
             courses = [course_of(ready, each, totals) for each in group]
             if None in courses:
                 for each, course in zip(group, courses, strict=True):
                     waiting.setdefault(step if course else 0, []).append(each)
                 continue
-            ended += run_group(ready, group, [course for course in courses if course], firsts)
-    return ended
+            run_group(ready, group, [course for course in courses if course])
 
 
 def seeds_of(ready: Prepared, sessions: Sequence[Claimed]) -> list[Seeds]:
@@ -125,23 +126,12 @@ def course_of(ready: Prepared, each: Claimed, totals: Totals) -> Course | None:
         return None
 
 
-def parameters_of(ready: Prepared, each: Claimed) -> dict[str, Tensor]:
-    """A copy of a session's parameters, on the CPU."""
-    return {name: p.detach().cpu().clone() for name, p in ready.models[each.seat].named_parameters()}
-
-
-def run_group(
-    ready: Prepared, group: Sequence[Claimed], courses: Sequence[Course], firsts: Sequence[dict[str, Tensor]]
-) -> list[Claimed]:
-    """Train started sessions that are at one step to their ends; returns those that are still ours then.
-
-    `firsts` are their parameters at the start.
-    """
+def run_group(ready: Prepared, group: Sequence[Claimed], courses: Sequence[Course]) -> None:
+    """Train started sessions that are at one step to their ends."""
     config, step = ready.config, courses[0].step
     seeds = seeds_of(ready, group)
     quiet = group[0].claim is None
     title = group[0].title + (f"-s{group[-1].planned.session}" if len(group) > 1 else "")
-    ended: list[Claimed] = []
     with contextlib.ExitStack() as stack:
         runs = []
         for each, course in zip(group, courses, strict=True):
@@ -152,7 +142,7 @@ def run_group(
             table = stack.enter_context(contextlib.closing(EpochTable(path, course.rows)))
             folder = each.folder / "tb" if config.tensorboard and each.claim else None
             scalars = stack.enter_context(contextlib.closing(Scalars(folder)))
-            runs.append(Run(each.title, each.seeds, course, table, scalars, checkpoints))
+            runs.append(Run(each.title, course, table, scalars, checkpoints))
         progress = stack.enter_context(SessionProgress(title, ready.total_steps, quiet))
         if step:
             progress.skip(step)
@@ -163,21 +153,19 @@ def run_group(
         while open_runs:
             train(ready, seeds, open_runs, progress)
             ready.optimizer.zero_grad()  # between its sessions a setting holds no gradients
-            for each, run, first in zip(group, runs, firsts, strict=True):
+            for each, run in zip(group, runs, strict=True):
                 if run in open_runs and run.outcome and each.claim:
-                    finish(ready, each, run, first)
-                    ended.append(each)
+                    finish(ready, each, run)
             open_runs = [run for run in open_runs if run.outcome is None and not run.lost]
-    return ended
 
 
-def finish(ready: Prepared, each: Claimed, run: Run, first: dict[str, Tensor]) -> None:
+def finish(ready: Prepared, each: Claimed, run: Run) -> None:
     """Close an ended session: its weights if asked, session.json, one line."""
     folder, config, outcome = each.folder, ready.config, run.outcome
     if outcome is None or each.claim is None:
         raise RuntimeError(f"{folder} has not ended here")
     threads = torch.get_num_threads()
-    manifest = make_manifest(ready, each.seat, first)
+    manifest = make_manifest(ready, each.seat, each.first)
     if config.save_model:
         buffer = io.BytesIO()
         torch.save(run.weights, buffer)

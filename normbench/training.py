@@ -300,8 +300,9 @@ def train(ready: Prepared, seeds: Sequence[Seeds], runs: Sequence[Run], progress
         numbers = [own_seeds.number("forward", epoch, step) for own_seeds in seeds]
         totals.add(*train_step(ready, x, y, images, *numbers), y)
         progress.step(images)
+        ended = None if step % steps_per_epoch else epoch
         if step % row_steps and step < ready.total_steps:
-            if wanted:
+            if wanted or (ended and ranks.told(due(ended))):
                 clock.stop()
                 save(step)
                 clock.start()
@@ -348,12 +349,13 @@ def train(ready: Prepared, seeds: Sequence[Seeds], runs: Sequence[Run], progress
                 note(course, step)
                 run.outcome = course.selection.outcome(course.rows, steps_per_epoch, course.elapsed_s)
                 run.weights = course.selection.weights
+        runs = [run for run in runs if run not in ending]
+        if ranks.told(due(ended)):
+            save(step)
         if ending:
             for run in runs:
                 note(run.course, step)
             return
-        if ranks.told(due(None if step % steps_per_epoch else epoch)):
-            save(step)
         clock.start()
 
 

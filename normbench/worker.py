@@ -106,7 +106,7 @@ def train_pack(
             planned, started_at = pack[0].planned, pack[0].started_at
             fresh = not is_ready(plan, planned, prepared)
             with ranks.session((plan, next(iter(taken)), started_at, attempts[0], fresh)):
-                ended = session.run_pack(ready_for(plan, planned, prepared), pack)
+                session.run_pack(ready_for(plan, planned, prepared), pack)
         except claims.Lost as lost:
             say(str(lost), error=True)
             if ranks.size() > 1:
@@ -119,10 +119,6 @@ def train_pack(
                     write_down(each.folder, each.row, error)
             if fail_fast or ranks.size() > 1:
                 raise FailedFast from error
-        else:
-            for each in ended:
-                if each.claim:
-                    each.claim.remove()
         if pack[0].planned.arm not in prepared:
             free_memory()
         told([])
@@ -134,7 +130,9 @@ def train_pack(
         raise
     finally:
         for each in taken.values():
-            if each.claim:
+            if each.claim and plan.finished(each.planned):
+                each.claim.remove()
+            elif each.claim:
                 each.claim.release()
 
 

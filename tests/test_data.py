@@ -20,6 +20,7 @@ from normbench.data import augment
 from normbench.data.loading import Data, load, steps_per_epoch
 from normbench.data.options import DatasetOptions
 from normbench.data.streamed import _ignore_signals, resized
+from normbench.data.together import batches_of
 from normbench.seeds import Seeds
 from normbench.values import Refused
 
@@ -537,6 +538,19 @@ def test_imagenet_streams_alike_with_any_number_of_workers(resize: str, tmp_path
     assert x.shape == (5, 3, 24, 20) and x.dtype == torch.float32 and y.dtype == torch.int64
     assert all_of(data.test.batches())[1].tolist() == [0, 0, 1, 1, 2, 2]
     assert [len(y) for _, y in data.train.batches(SEEDS, 1)] == [5, 4]
+
+
+def test_a_pack_sees_of_files_what_each_session_sees_alone(tmp_path: Path) -> None:
+    folders(tmp_path / "imagenet")
+    changes = SMALL | {"crop": 2, "flip": 0.5, "cutout": 8}
+    train = opened("imagenet", tmp_path, **changes).train
+    sessions = [Seeds(0, session) for session in range(3)]
+    for first in (0, 1):
+        together = list(batches_of(train, sessions, 2, first))
+        assert len(together) == 3 - first
+        for seat, own in enumerate(sessions):
+            apart = [(x[:, 3 * seat : 3 * seat + 3], y[:, seat]) for x, y in together]
+            assert same(apart, train.batches(own, 2, first))
 
 
 def test_imagenette_of_320_pixels_is_found_in_its_full_layout(tmp_path: Path) -> None:

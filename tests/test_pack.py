@@ -16,6 +16,7 @@ import torch
 from conftest import Planner, Trainer
 from folders import claimed
 
+import normbench.session
 from normbench import checkpoint, training
 from normbench import claim as claims
 from normbench.building import build, norm_layers_of, state_of
@@ -206,7 +207,7 @@ def disturbed(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     @contextlib.contextmanager
     def make(at: int, act: Callable[[training.Prepared], None]) -> Iterator[None]:
-        real_step, real_train, done = training.train_step, training.train, {"steps": -1}
+        real_step, real_train, done = training.train_step, normbench.session.train, {"steps": -1}
 
         def train_loop(*args: Any) -> None:
             done["steps"] = max(0, done["steps"])
@@ -228,6 +229,15 @@ def disturbed(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def kill(ready: training.Prepared) -> None:
     raise Killed
+
+
+def fail(ready: training.Prepared) -> None:
+    raise RuntimeError("out of memory")
+
+
+def poison(ready: training.Prepared) -> None:
+    """Session 1 diverges: its row of epoch 2, which the fifth step is in, is its last."""
+    next(iter(ready.models[1].parameters())).data.fill_(math.inf)
 
 
 def test_a_killed_pack_ends_as_if_it_had_not_been(
@@ -263,9 +273,6 @@ def test_sessions_at_different_steps_go_on_in_groups(
 
 
 def test_one_that_diverges_ends_alone(train: Trainer, whole: Plan, disturbed: Any) -> None:
-    def poison(ready: training.Prepared) -> None:
-        next(iter(ready.models[1].parameters())).data.fill_(math.inf)
-
     with disturbed(5, poison):
         hurt = train(*TINY, "session=range(4)", "out=hurt")
     assert_same(whole, hurt, [0, 2, 3])
@@ -273,12 +280,31 @@ def test_one_that_diverges_ends_alone(train: Trainer, whole: Plan, disturbed: An
     assert row["status"] == "diverged" and [line["epoch"] for line in epochs] == ["1", "2"]
 
 
+def test_the_checkpoint_of_an_epoch_in_which_one_diverges_is_written(
+    train: Trainer, whole: Plan, disturbed: Any
+) -> None:
+    with disturbed(5, poison), disturbed(9, kill), pytest.raises(Killed):
+        train(*TINY, "session=range(4)", "out=hurt")
+    folders = sorted(path.parent for path in Path("hurt").rglob(checkpoint.NEWEST))
+    assert [(folder.name, checkpoint.epoch_of(folder)) for folder in folders] == [
+        ("s0", 2),
+        ("s2", 2),
+        ("s3", 2),
+    ]
+    assert_same(whole, train(*TINY, "session=range(4)", "out=hurt"), [0, 2, 3])
+
+
+def test_an_error_fails_no_session_that_had_ended(train: Trainer, disturbed: Any) -> None:
+    with disturbed(5, poison), disturbed(9, fail):
+        hurt = train(*TINY, "session=range(4)", "out=hurt", fails=1)
+    assert [hurt.finished(planned) for planned in hurt.sessions] == [False, True, False, False]
+    left = {path.name for path in hurt.session_folder(hurt.sessions[1]).iterdir()}
+    assert left == {"config.yaml", "epochs.csv", "session.json", "model.pt"}
+
+
 def test_an_error_fails_every_session_of_its_pack(
     train: Trainer, whole: Plan, disturbed: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(ready: training.Prepared) -> None:
-        raise RuntimeError("out of memory")
-
     with disturbed(5, fail):
         failed = train(*TINY, "session=range(6)", "out=failed", fails=1)
     assert "4 of 6 sessions failed" in capsys.readouterr().err
@@ -378,10 +404,11 @@ def test_two_processes_share_packs(train: Trainer, whole: Plan) -> None:
     assert_same(whole, train(*TINY, "session=range(6)", "out=two", "hydra.launcher.n_jobs=2"), range(6))
 
 
-def test_statistics_refuse_to_compare_packed_times(train: Trainer) -> None:
+def test_statistics_refuse_to_compare_packed_times_and_memory(train: Trainer) -> None:
     plan = train(*TINY, "norm=obn,mbn", "session=range(4)", "out=times")
-    command = [sys.executable, "-m", "normbench.stats", str(plan.folder), "--metric", "epoch_time_s"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert (
-        "not comparable" in found.stdout and "pack=4: a packed session's time is its pack's" in found.stdout
-    )
+    metrics = ["--metric", "epoch_time_s", "--metric", "peak_memory_mib", "--metric", "test_acc"]
+    command = [sys.executable, "-m", "normbench.stats", str(plan.folder), *metrics]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert found.count("not comparable: pack=4: a packed session's") == 2
+    assert "a packed session's time is its pack's" in found
+    assert "a packed session's memory is its pack's" in found

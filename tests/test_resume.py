@@ -113,6 +113,18 @@ def test_a_cut_off_session_ends_as_if_it_had_not_been(
     assert_same(whole, resumed)
 
 
+def test_an_epoch_that_ends_between_rows_has_its_checkpoint(
+    train: Trainer, killed: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*TINY, "eval_every=3steps"]  # of four steps an epoch
+    whole = train(*command, "out=whole")
+    killed(*command, "out=cut", at=9)
+    capsys.readouterr()
+    resumed = train(*command, "out=cut")
+    assert "goes on from step 8/12" in capsys.readouterr().out
+    assert_same(whole, resumed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_norm_goes_on_with_the_same_bits(train: Trainer, killed: Any, norm: str) -> None:

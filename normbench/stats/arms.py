@@ -189,8 +189,10 @@ class Match:
                 return f"{column} differs: {listed(other)} against {listed(one)}{cure}"
             if len(one) > 1 and (not self.is_paired or differing(self.b, self.t, column, self.both)):
                 return f"{column} varies within the arms: {listed(one)}"
-        if self.metric.is_time and any(size > 1 for size in self.b.known("pack")):
-            return f"pack={listed(self.b.known('pack'))}: a packed session's time is its pack's"
+        packs = sorted({*self.b.known("pack"), *self.t.known("pack")})
+        what = "memory" if self.metric.name == "peak_memory_mib" else "time" if self.metric.is_time else ""
+        if what and packs and packs[-1] > 1:
+            return f"pack={listed(packs)}: a packed session's {what} is its pack's"
         return self.too_few()
 
     def too_few(self) -> str:
