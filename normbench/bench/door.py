@@ -102,10 +102,14 @@ class Files:
 
     @classmethod
     def of(cls, values: Values, suites: Sequence[str], made_at: str) -> "Files":
-        """`<out>/<time>-<suites>.json` and `.md`, and the page where one was asked for."""
+        """`<out>/<time>-<suites>.json` and `.md`, `-2` behind the second of a second; the page if asked for."""
         when = made_at[:19].replace("-", "").replace(":", "")
         what = "all" if suites == list(SUITES) else "-".join(suites) or "joined"
-        stem = Path(values["out"]) / f"{when}-{what}"
+        name = f"{when}-{what}"
+        stem, nth = Path(values["out"]) / name, 1
+        while stem.with_name(stem.name + ".json").exists():
+            nth += 1
+            stem = stem.with_name(f"{name}-{nth}")
         page = None if values["page"] is None else Path(values["page"])
         return cls(stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".md"), page)
 
