@@ -102,7 +102,7 @@ class Files:
 
     @classmethod
     def of(cls, values: Values, suites: Sequence[str], made_at: str) -> "Files":
-        """`<out>/<time>-<suites>.json` and `.md`, `-2` behind the second of a second; the page if asked for."""
+        """`<out>/<time>-<suites>.json` and `.md`, the second of a second with -2; the page if asked for."""
         when = made_at[:19].replace("-", "").replace(":", "")
         what = "all" if suites == list(SUITES) else "-".join(suites) or "joined"
         name = f"{when}-{what}"
