@@ -1,7 +1,6 @@
 """The benchmark door: its figures follow from its raw times, its pages say what its JSON says."""
 
 import json
-import os
 import re
 import signal
 import statistics
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rows import hear_ctrl_c
 
 from normbench import cli
 from normbench.bench import layer, page, targets
@@ -354,7 +354,7 @@ def test_help_and_ctrl_c() -> None:
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
     assert "quick=true" in shown and "process_rounds: 3" in shown
     running = subprocess.Popen([*command, *QUICK, "layer.model=resnet9"], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env=os.environ)  # fmt: skip
+                               stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c)  # fmt: skip
     assert running.stdout is not None
     for line in running.stdout:
         if line.startswith("[layer, "):

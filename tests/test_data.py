@@ -587,7 +587,10 @@ def test_images_are_kept_only_where_they_fit(tmp_path: Path, monkeypatch: pytest
 
     assert kept.free_memory() > 0
     monkeypatch.setattr(kept, "free_memory", lambda: 100.0)
+    monkeypatch.setattr(kept, "_kept", {})
     assert kept.room_for((tmp_path, "a"), 5, (1, 3, 3), None) is not None
+    assert kept.room_for((tmp_path, "b"), 1, (1, 3, 3), None) is None  # half is promised
+    monkeypatch.setattr(kept, "_kept", {})
     assert kept.room_for((tmp_path, "b"), 6, (1, 3, 3), None) is None
     assert kept.room_for((tmp_path, "c"), 6, (1, 3, 3), True) is not None
     assert kept.room_for((tmp_path, "a"), 5, (1, 3, 3), False) is None

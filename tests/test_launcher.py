@@ -133,7 +133,6 @@ def test_a_crash_harms_no_other_session(train: Trainer, stranger: Stranger) -> N
     Path("stranger.py").write_text("".join(layers))
     for norm in CRASHES:
         Path(f"mine/norm/{norm}.yaml").write_text(f"_target_: stranger.{norm}\n_partial_: true\n")
-    Path("stranger.py").write_text(layers)
     plan = train(*arms, "session=0", *ONE, SLOT, fails=1)
     said = failures(Path("outputs"))
     assert said.keys() == {f"{norm} s0" for norm in CRASHES}

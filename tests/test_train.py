@@ -329,7 +329,13 @@ def test_a_strangers_layer_starts_every_session_afresh(
 @pytest.mark.slow
 def test_options_that_act_draw_no_warning(train: Trainer) -> None:
     acting = {
-        "mbn": ["norm.affine_impl=vector", "norm.train_affine=false", "norm.stored_var=biased", "stride=2"],
+        "mbn": [
+            "norm.impl=reference",
+            "norm.affine_impl=vector",
+            "norm.train_affine=false",
+            "norm.stored_var=biased",
+            "stride=2",
+        ],
         "bn": ["norm.eval_bessel=true", "norm.momentum=0.5", "norm.train_bias=false"],
         "bin": ["norm.train_gate=false"],
         "brnc": ["norm.warmup_steps=2", "norm.r_max_step=4", "norm.d_max_step=5", "norm.stats_timing=post"],
@@ -339,6 +345,8 @@ def test_options_that_act_draw_no_warning(train: Trainer) -> None:
     for norm, options in acting.items():
         plan = train(f"norm={norm}", *options, *TINY)
         assert row_of(plan)["warnings"] == "", norm
+    plan = train("norm=mbn", "norm.impl=fused", "norm.affine_impl=vector", *TINY)
+    assert row_of(plan)["warnings"] == "norm.affine_impl=vector changed nothing"
 
 
 def test_a_bias_before_a_norm_is_a_note_not_a_warning() -> None:
@@ -400,7 +408,7 @@ def test_compiled_training_says_so_and_names_its_kernels(train: Trainer) -> None
     eager = train("norm=mbn", "stride=2", *TINY, "out=eager")
     manifest = document_of(plan)["manifest"]
     assert manifest["compiled"] and manifest["kernels"]
-    assert "aten.convolution" in manifest["norm_layers"][0]["ops"]["forward"]
+    assert "normbench.batch_norm" in manifest["norm_layers"][0]["ops"]["forward"]
     assert row_of(plan)["compile"] is True
     assert row_of(plan)["train_loss"] == pytest.approx(row_of(eager)["train_loss"], rel=1e-3)
 
