@@ -30,9 +30,12 @@ def tune_allocator() -> bool:
     costs a page fault for every 4 KiB: more than batch norm itself. Whoever has set MALLOC_* or
     GLIBC_TUNABLES is left alone, and so is another C library. Returns whether the allocator is tuned.
     """
-    if any(key.startswith("MALLOC_") or key == "GLIBC_TUNABLES" for key in os.environ):
-        return False
-    return _tuned()
+    return not malloc_settings() and _tuned()
+
+
+def malloc_settings() -> list[str]:
+    """The environment's own settings of glibc's allocator, by name."""
+    return [key for key in sorted(os.environ) if key.startswith("MALLOC_") or key == "GLIBC_TUNABLES"]
 
 
 @cache

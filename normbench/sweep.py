@@ -225,7 +225,7 @@ def check_arms(plan: Plan, examples: Iterable[Planned], here: bool) -> None:
     for planned in examples:
         check_builds(plan.config(planned))
     if here:
-        from normbench.training import load_data
+        from normbench.preparing import load_data
 
         for planned in examples:
             load_data(plan.config(planned))

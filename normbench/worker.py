@@ -211,7 +211,7 @@ def is_ready(plan: Plan, planned: Planned, prepared: "OrderedDict[int, Prepared]
 
 def ready_for(plan: Plan, planned: Planned, prepared: "OrderedDict[int, Prepared]") -> "Prepared":
     """What the session's arm shares, prepared now or by a session before."""
-    from normbench.training import prepare
+    from normbench.preparing import prepare
 
     there = is_ready(plan, planned, prepared)
     ready = prepared.pop(planned.arm, None)

@@ -8,7 +8,7 @@ import torch
 from conftest import Planner
 from torch import Tensor, nn
 
-from normbench import graphed, training
+from normbench import graphed, preparing, training
 from normbench.course import Totals
 from normbench.graphed import GraphedStep, Outputs, Unfaithful, why_not
 from normbench.seeds import Seeds
@@ -62,13 +62,13 @@ def test_recorded_steps_give_the_bits_of_plain_ones(
 ) -> None:
     # 90 images in batches of 24: a last batch of 18; the one-cycle schedule moves lr and momentum each step
     plan = plan_of(*TINY, *extra.split())
-    plain, recorded = (training.prepare(plan.config(plan.sessions[0])) for _ in range(2))
-    monkeypatch.setattr(training, "why_not", lambda *args, **kwargs: None)
+    plain, recorded = (preparing.prepare(plan.config(plan.sessions[0])) for _ in range(2))
+    monkeypatch.setattr(preparing, "why_not", lambda *args, **kwargs: None)
     monkeypatch.setattr(GraphedStep.__init__, "__defaults__", (stand_in(recorded),))
     with training.settings_of(recorded.config, recorded.device):
         training.start(recorded, Seeds(0, 0))
         x, y = next(iter(recorded.data.train.batches(Seeds(0, 0), 1)))
-        training.record_steps(recorded, x, y)
+        preparing.record_steps(recorded, x, y)
     assert recorded.not_graphed is None and recorded.graphed is not None
     assert {shape[0] for shape in recorded.graphed.recordings} == {24, 18}
     for number in (0, 1):
@@ -135,7 +135,7 @@ def test_steps_never_wait_for_the_device(plan_of: Planner, extra: str) -> None:
             return func(*args, **(kwargs or {}))
 
     plan = plan_of(*TINY, *extra.split())
-    ready = training.prepare(plan.config(plan.sessions[0]))
+    ready = preparing.prepare(plan.config(plan.sessions[0]))
     training.start(ready, Seeds(0, 0))
     totals = Totals(ready.device)
     waits = Waits()

@@ -18,7 +18,7 @@ from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from normbench import training
+from normbench import preparing, training
 from normbench.config import conf_dir
 from normbench.identity import identify
 from normbench.manifest import never_moved, observe
@@ -420,7 +420,7 @@ def test_sessions_of_all_forms_start_from_one_raw_weight(plan_of: Planner) -> No
     plan = plan_of("norm=obn,gn", f"model.weight={','.join(WEIGHTS)}", *TINY, "session=3")
     starts: list[dict[str, Tensor]] = []
     for arm in range(len(plan.arms)):
-        ready = training.prepare(plan.config(next(s for s in plan.sessions if s.arm == arm)))
+        ready = preparing.prepare(plan.config(next(s for s in plan.sessions if s.arm == arm)))
         training.start(ready, Seeds(0, 3))
         starts.append({n: raw_weight(m).detach().clone() for n, m in weighted(ready.model).items()})
     assert len(starts) == 8 and all(other.keys() == starts[0].keys() for other in starts)

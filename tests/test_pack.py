@@ -17,7 +17,7 @@ from conftest import Planner, Trainer
 from folders import claimed
 
 import normbench.session
-from normbench import checkpoint, training
+from normbench import checkpoint, preparing, training
 from normbench import claim as claims
 from normbench.building import build, norm_layers_of, state_of
 from normbench.config import Config
@@ -49,9 +49,9 @@ K, STEPS = 3, 20
 @contextlib.contextmanager
 def in_float64() -> Iterator[None]:
     """Models and images of double precision."""
-    build, normalize = training.build, Normalizer.__call__
+    build, normalize = preparing.build, Normalizer.__call__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "build", lambda config: build(config).double())
+        patch.setattr(preparing, "build", lambda config: build(config).double())
         patch.setattr(Normalizer, "__call__", lambda self, images: normalize(self, images).double())
         yield
 
@@ -116,7 +116,7 @@ def test_twenty_steps_are_those_of_each_session_alone(
 def trained(config: Config, sessions: Sequence[int]) -> list[dict[str, torch.Tensor]]:
     """Twenty steps of sessions that sit together, or of one alone, as they train; every session's state."""
     with in_float64():
-        ready = training.prepare(config)
+        ready = preparing.prepare(config)
         seeds, train = [Seeds(0, session) for session in sessions], ready.data.train
         training.start(ready, *seeds)
         for step, (epoch, x, y) in zip(range(STEPS), training.endless(ready.data, seeds), strict=False):

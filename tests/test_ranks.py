@@ -18,7 +18,7 @@ from test_data import folders, opened
 from torch import Tensor
 from two_processes import OF_A_RANK, in_each_process, loopback
 
-from normbench import ranks, training
+from normbench import preparing, ranks, training
 from normbench.config import Config
 from normbench.course import Totals
 from normbench.data.loading import Data, TrainPart
@@ -200,8 +200,8 @@ def test_options_that_change_nothing_are_warnings(train: Any) -> None:
 def in_float64() -> Iterator[None]:
     """Models and images in double precision."""
     with pytest.MonkeyPatch.context() as patch:
-        build, normalize = training.build, Normalizer.__call__
-        patch.setattr(training, "build", lambda config: build(config).double())
+        build, normalize = preparing.build, Normalizer.__call__
+        patch.setattr(preparing, "build", lambda config: build(config).double())
         patch.setattr(Normalizer, "__call__", lambda self, images: normalize(self, images).double())
         yield
 
@@ -210,7 +210,7 @@ def trained(rank: int, config: Config, overflow: bool = False) -> Result:
     """Twenty steps of a session; with `overflow` rank 1's images are too large for fp16 in the third."""
     precise = in_float64() if config.precision == "fp32" else contextlib.nullcontext()
     with precise:
-        ready, seeds = training.prepare(config), Seeds(0, 0)
+        ready, seeds = preparing.prepare(config), Seeds(0, 0)
         training.start(ready, seeds)
         totals, train, scales = Totals(ready.device), ready.data.train, []
         batches = zip(range(STEPS), training.endless(ready.data, [seeds]), strict=False)

@@ -13,7 +13,7 @@ import torch
 from conftest import STUDIES, Trainer
 from torch import Tensor, nn
 
-from normbench import training
+from normbench import preparing, training
 from normbench.building import norm_layers_of
 from normbench.config import conf_dir
 from normbench.data.options import DatasetOptions
@@ -107,7 +107,7 @@ def test_session_1_after_session_0_equals_session_1_alone(train: Trainer, norm: 
 
 
 def prepared(train_plan: Plan, arm: int = 0) -> training.Prepared:
-    return training.prepare(train_plan.config(next(s for s in train_plan.sessions if s.arm == arm)))
+    return preparing.prepare(train_plan.config(next(s for s in train_plan.sessions if s.arm == arm)))
 
 
 def test_norms_share_first_batch_and_convolution_weights_bit_for_bit(plan_of: Trainer) -> None:
@@ -429,7 +429,7 @@ def test_compiled_training_says_so_and_names_its_kernels(train: Trainer) -> None
 def test_what_needs_the_model_is_refused_before_data_is_opened(
     command: str, line: str, refusal: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "load", None)
+    monkeypatch.setattr(preparing, "load", None)
     small = "" if "lenet" in command else " model.width=4"
     said = refusal(command + small)
     assert line in said and said.count("\n") == 1

@@ -116,15 +116,21 @@ class Files:
 
 def measure(bench: "Bench", suite: str, body: "Body", files: Files) -> None:
     """One suite's groups into the run's body, each written and printed as it ends."""
-    from normbench.bench import page
+    from normbench.bench import page, record
 
-    began, found = time.perf_counter(), {"made_at": utc_now(), "wall_s": 0.0, "groups": []}
+    began = time.perf_counter()
+    found: Body = {
+        "command": record.shown(body["command"], suite),
+        "made_at": utc_now(),
+        "wall_s": 0.0,
+        "groups": [],
+    }
     body["suites"].pop(suite, None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sides keep those of their own layers
         for group in suite_of(suite)(bench):
             found["wall_s"] = time.perf_counter() - began
-            found["groups"].append(group.body())  # type: ignore[attr-defined]
+            found["groups"].append(group.body())
             body["suites"][suite] = found
             write_json(files.json, body)
             say(f"\n[{suite}, {found['wall_s']:.0f} s] " + "\n".join(page.group_table(group.body())).rstrip())

@@ -5,6 +5,7 @@ from typing import Any
 
 from normbench.bench.record import Body
 from normbench.bench.targets import BN, BOTH, case_name
+from normbench.rules import SUITES
 
 SCALES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 RATES = {
@@ -82,8 +83,6 @@ def head(run: Body) -> Iterator[str]:
         yield ""
         yield "This machine has no CUDA device: **everything about CUDA is untested here.**"
     yield ""
-    yield f"`{run['command']}` measures all this again and writes this page."
-    yield ""
     yield METHOD
     yield ""
 
@@ -126,10 +125,11 @@ def verdict(target: Body) -> str:
 
 def sections(run: Body) -> Iterator[str]:
     """One for every suite."""
-    for suite, body in run["suites"].items():
+    for suite in sorted(run["suites"], key=SUITES.index):
+        body = run["suites"][suite]
         yield f"## {TITLES[suite]}"
         yield ""
-        yield f"`suite={suite}`, {body['made_at'][:10]}, {body['wall_s']:.0f} s."
+        yield f"`{body['command']}`, {body['made_at'][:10]}, {body['wall_s']:.0f} s."
         yield ""
         if suite == "layer":
             yield LAYER_NOTE

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -13,7 +12,7 @@ from normbench.bench.interleaved import Side, Spread
 from normbench.plan import read_json
 from normbench.values import Refused
 
-FORMAT = 1
+FORMAT = 2
 Body = dict[str, Any]
 
 
@@ -98,11 +97,18 @@ def machine_body(device: Any, threads: int, allocator: str) -> Body:
     }
 
 
+def shown(command: Sequence[str], suite: str) -> str:
+    """What measures one suite of a command again; where its files lie is left out."""
+    places = ("suite=", "out=", "page=", "join=", "against=", "data_dir=")
+    own = [word for word in command if not word.startswith(places)]
+    return " ".join(["python -m normbench.bench", f"suite={suite}", *own])
+
+
 def run_body(command: Sequence[str], made_at: str, quick: bool, machine: Body) -> Body:
     """A run before its first suite."""
     return {
         "format": FORMAT,
-        "command": " ".join(["python -m normbench.bench", *command]),
+        "command": list(command),
         "made_at": made_at,
         "quick": quick,
         "complete": False,
@@ -134,8 +140,3 @@ def same_machine(key: str, path: str, now: Body, then: Body) -> None:
                 f"{key}={path}: measured with {what} {then['machine'][what]}, this run has "
                 f"{now['machine'][what]}; run its suites again"
             )
-
-
-def shown_command() -> list[str]:
-    """The arguments of this process, as a person typed them."""
-    return sys.argv[1:]

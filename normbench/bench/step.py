@@ -12,8 +12,9 @@ from normbench.bench.bench import Bench
 from normbench.bench.interleaved import CannotRun, Clock, Ready, Sample, take_turns
 from normbench.bench.record import Group
 from normbench.manifest import LayerObservation
+from normbench.preparing import prepare
 from normbench.seeds import Seeds
-from normbench.training import Prepared, prepare, start, train_step
+from normbench.training import Prepared, start, train_step
 from normbench.values import Refused
 
 BASELINE = "fp32, NCHW, readable mbn"
