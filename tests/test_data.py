@@ -592,6 +592,9 @@ def test_images_are_kept_only_where_they_fit(tmp_path: Path, monkeypatch: pytest
     assert kept.room_for((tmp_path, "b"), 1, (1, 3, 3), None) is None  # half is promised
     monkeypatch.setattr(kept, "_kept", {})
     assert kept.room_for((tmp_path, "b"), 6, (1, 3, 3), None) is None
+    monkeypatch.setattr(kept, "free_memory", lambda: 1e9)
+    assert kept.room_for((tmp_path, "b"), 6, (1, 3, 3), None) is None  # decided once
+    assert kept.room_for((tmp_path, "b"), 6, (1, 3, 3), True) is not None
     assert kept.room_for((tmp_path, "c"), 6, (1, 3, 3), True) is not None
     assert kept.room_for((tmp_path, "a"), 5, (1, 3, 3), False) is None
 

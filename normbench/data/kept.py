@@ -37,7 +37,7 @@ class Kept:
         self.there[index] = True
 
 
-_kept: dict[tuple[object, ...], Kept] = {}
+_kept: dict[tuple[object, ...], Kept | None] = {}  # None: it did not fit
 
 
 def room_for(
@@ -45,16 +45,17 @@ def room_for(
 ) -> Kept | None:
     """The process's store of that name, which its sessions and settings share; None where there is none.
 
+    Whether it fits is decided once: it is asked for with every image, by loading processes too.
+
     Args:
         wanted: True always, False never, None where all fit into SHARE of the free memory.
     """
     if wanted is False:
         return None
-    if key not in _kept:
-        promised = sum(kept.images.numel() for kept in _kept.values())
-        if wanted is None and promised + bytes_of(count, shape) > SHARE * free_memory():
-            return None
-        _kept[key] = Kept.of(count, shape)
+    if key not in _kept or (wanted and _kept[key] is None):
+        promised = sum(kept.images.numel() for kept in _kept.values() if kept)
+        fits = promised + bytes_of(count, shape) <= SHARE * free_memory()
+        _kept[key] = Kept.of(count, shape) if wanted or fits else None
     return _kept[key]
 
 
