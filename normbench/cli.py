@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import yaml
 from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -36,6 +37,7 @@ def run(door: str) -> None:
     register_resolvers()
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
     check_arguments(door)
+    sys.argv[1:] = for_swept_groups(sys.argv[1:])
     behaviour = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}  # 1.4 has one only
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra.main then raises instead of printing and exiting
     try:
@@ -76,6 +78,22 @@ def check_arguments(door: str) -> None:
             refuse(door, f"{override}: no such {key}; options are names, not paths")
         if key in GROUP_KEYS:
             refuse(door, f"{override}: choose a group's option with /, like {GROUP_KEYS[key]}={value}")
+
+
+def for_swept_groups(arguments: list[str]) -> list[str]:
+    """`norm=mbn,bn norm.impl=auto` as `norm=mbn,bn ++norm.impl=auto`.
+
+    Hydra composes once with the default option in a swept group's place, where a key that only the swept
+    options have is unknown; what they do not have is refused when each arm is composed.
+    """
+    try:
+        swept = [each.key_or_group for each in OverridesParser.create().parse_overrides(
+            [argument for argument in arguments if is_override(argument)]
+        ) if each.is_sweep_override()]  # fmt: skip
+    except OverrideParseException:  # Hydra says it
+        return arguments
+    inside = tuple(f"{key.replace('/', '.')}." for key in swept if key in GROUPS)
+    return [f"++{argument}" if argument.startswith(inside) else argument for argument in arguments]
 
 
 def is_override(argument: str) -> bool:

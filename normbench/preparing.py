@@ -80,6 +80,14 @@ def prepare(config: Config) -> Prepared:
     return ready
 
 
+def check_device(config: Config) -> None:
+    """Refused where this machine's device cannot do what is asked."""
+    device = machine.pick(config.device)
+    if config.cuda_graph and device.type != "cuda":
+        got = f"device={config.device}, which is {device} here"
+        raise Refused(f"cuda_graph=true needs a CUDA device, got {got}; leave cuda_graph out")
+
+
 def load_data(config: Config) -> Data:
     """The data set on the device; what was read before in this process is shared."""
     return load(

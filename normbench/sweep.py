@@ -219,15 +219,16 @@ def runs_here(launcher: Launcher, plan: Plan) -> bool:
 
 
 def check_arms(plan: Plan, examples: Iterable[Planned], here: bool) -> None:
-    """Build every arm's model and, where sessions run in this process, open its data, before any starts."""
+    """Build every arm's model and, where sessions run in this process, look at its device and data."""
     from normbench.building import check_builds
 
     for planned in examples:
         check_builds(plan.config(planned))
     if here:
-        from normbench.preparing import load_data
+        from normbench.preparing import check_device, load_data
 
         for planned in examples:
+            check_device(plan.config(planned))
             load_data(plan.config(planned))
 
 

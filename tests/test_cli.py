@@ -56,6 +56,19 @@ def test_a_door_opened_by_the_command_names_itself(tmp_path: Path) -> None:
     assert done.stderr == "normbench train: unknown key 'epoch'; did you mean 'epochs'?\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [("norm=mbn,bn norm.impl=quick", "norm.impl must be one of"),
+     ("norm=mbn,bn norm.impll=auto", "did you mean 'norm.impl'?"),
+     ("norm=mbn,gn norm.impl=auto", "unknown key 'norm.impl'"),
+     ("optim/schedule=one_cycle,step optim.schedule.warm=1", "did you mean 'optim.schedule.warmup'?")],
+)  # fmt: skip
+def test_a_swept_group_takes_keys_that_its_default_has_not(arguments: str, said: str) -> None:
+    done = normbench("train", *arguments.split())
+    assert done.returncode == 2 and said in done.stderr and "Ambiguous" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 DEAR = {"torch", "torchvision", "sklearn", "scipy", "statsmodels", "matplotlib", "pandas"}
 
 

@@ -12,6 +12,7 @@ from normbench import graphed, preparing, training
 from normbench.course import Totals
 from normbench.graphed import GraphedStep, Outputs, Unfaithful, why_not
 from normbench.seeds import Seeds
+from normbench.values import Refused
 
 TINY = ["model.width=4", "dataset.train_subset=90", "dataset.test_subset=32", "batch.size=24", "epochs=2",
         "threads=1", "dataset.augment.crop=1"]  # fmt: skip
@@ -122,6 +123,10 @@ def test_the_key_is_outside_the_identity_and_refused_without_cuda(plan_of: Plann
     off, auto = plan_of(*TINY, "cuda_graph=false"), plan_of(*TINY)
     assert off.arms[0].setting == auto.arms[0].setting
     assert "cuda_graph=true needs a CUDA device, got device=cpu" in refusal("cuda_graph=true device=cpu")
+    if not torch.cuda.is_available():
+        plan = plan_of(*TINY, "cuda_graph=true")
+        with pytest.raises(Refused, match="needs a CUDA device, got device=auto, which is cpu here"):
+            preparing.check_device(plan.config(plan.sessions[0]))
     assert "cuda_graph must be true or false" in refusal("cuda_graph=maybe")
 
 
