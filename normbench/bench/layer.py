@@ -65,7 +65,7 @@ def chosen_shapes(bench: Bench) -> dict[Shape, str]:
     seen: dict[Shape, list[str]] = {}
     largest: set[Shape] = set()
     for model in keys["model"]:
-        own = shapes_of(model, batch_of(bench, model))
+        own = dict.fromkeys(shapes_of(model, batch_of(bench, model)))
         largest.add(max(own, key=lambda s: (math.prod(s), s[1])))
         for shape in own:
             seen.setdefault(shape, []).append(model)
@@ -87,17 +87,17 @@ def batch_of(bench: Bench, model: str) -> int:
     return given or (2 if bench.quick else usual)
 
 
-def shapes_of(model: str, batch: int) -> set[Shape]:
-    """What the model's norm layers see, by building it without numbers."""
+def shapes_of(model: str, batch: int, **options: Any) -> list[Shape]:
+    """What each of the model's norm layers sees, by building it without numbers."""
     cls, (channels, *size), _, _ = MODELS[model]
-    found: set[Shape] = set()
+    found: list[Shape] = []
 
     def note(num_features: int, spatial_shape: tuple[int, int]) -> nn.Module:
-        found.add((batch, num_features, *spatial_shape))
+        found.append((batch, num_features, *spatial_shape))
         return nn.Identity()
 
     with torch.device("meta"):
-        cls(in_channels=channels, num_classes=10, image_size=tuple(size), norm=note)
+        cls(in_channels=channels, num_classes=10, image_size=tuple(size), norm=note, **options)
     return found
 
 

@@ -1,6 +1,6 @@
 """Suite `step`: one training step of ResNet9 at CIFAR's size, as a session takes it, flag by flag."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -10,6 +10,7 @@ from normbench import device as machine
 from normbench.bench import naive
 from normbench.bench.bench import Bench
 from normbench.bench.interleaved import CannotRun, Clock, Ready, Sample, take_turns
+from normbench.bench.layer import shapes_of
 from normbench.bench.record import Group
 from normbench.manifest import LayerObservation
 from normbench.preparing import prepare
@@ -19,38 +20,54 @@ from normbench.values import Refused
 
 BASELINE = "fp32, NCHW, readable mbn"
 FAST = ["precision=bf16", "channels_last=true"]
+QUICK = "bf16, channels-last"
+NO_NORM = f"{QUICK}, no norm"
+COPIES = "a bf16 copy of what each norm layer sees"
 
 
 def groups(bench: Bench) -> Iterator[Group]:
-    """One group: all flags take turns."""
+    """What each flag gives; and the fast step with and without norms, in more and quicker turns."""
     keys = bench.of("step")
     size = 4 if bench.quick else keys["batch_size"]
     width = 4 if bench.quick else 64
     stride = keys["stride"][-1]
+    common = [f"batch.size={size}", f"model.width={width}"]
     readable = ["norm=mbn", f"stride={stride}", "norm.impl=reference"]
-    fp32: dict[str, list[str]] = {
+    fused = {
+        f"{QUICK}, fused mbn s={s}": ["norm=mbn", f"stride={s}", "norm.impl=fused", *FAST]
+        for s in keys["stride"]
+    }
+    last = f"{QUICK}, fused mbn s={stride}"
+    flags: dict[str, list[str]] = {
         BASELINE: readable,
         "fp32, channels-last, readable mbn": [*readable, "channels_last=true"],
         "bf16, NCHW, readable mbn": [*readable, "precision=bf16"],
-        "bf16, channels-last, readable mbn": [*readable, *FAST],
-        "bf16, channels-last, obn": ["norm=obn", *FAST],
-        "bf16, channels-last, no norm": ["norm=nn", *FAST],
+        f"{QUICK}, readable mbn": [*readable, *FAST],
+        last: fused[last],
     }
-    fused = {
-        f"bf16, channels-last, fused mbn s={s}": ["norm=mbn", f"stride={s}", "norm.impl=fused", *FAST]
-        for s in keys["stride"]
+    norms: dict[str, list[str]] = {
+        NO_NORM: ["norm=nn", *FAST],
+        f"{QUICK}, obn": ["norm=obn", *FAST],
+        **fused,
     }
-    common = [f"batch.size={size}", f"model.width={width}"]
-    sides: dict[str, Callable[[], Ready]] = {
-        "naive": partial(naive_step, bench, size, width, stride),
-        **{name: partial(session_step, bench, common + own) for name, own in {**fp32, **fused}.items()},
-    }
+
+    def sides(of: Mapping[str, list[str]]) -> dict[str, Callable[[], Ready]]:
+        return {name: partial(session_step, bench, common + own) for name, own in of.items()}
+
     case = {"model": "resnet9", "batch_size": size, "width": width}
-    note = (
-        f"Synthetic images of 32×32, one batch at hand; readable layers have stride {stride}; models without "
-        "a fused layer have eager ReLU. `naive` is the plain loop's step (fp32, NCHW, readable mbn)."
-    )
-    yield Group("step", case, "step", BASELINE, take_turns(sides, bench.rounds), note=note)
+    yield Group(
+        "step", {"compared": "flags", **case}, "step", BASELINE,
+        take_turns({"naive": partial(naive_step, bench, size, width, stride), **sides(flags)}, bench.rounds),
+        note=f"Synthetic images of 32×32, one batch at hand; readable layers have stride {stride}, and eager "
+        "ReLU behind them. `naive` is the plain loop's step (fp32, NCHW, readable mbn).",
+    )  # fmt: skip
+    yield Group(
+        "step", {"compared": "norms", **case}, "step", NO_NORM,
+        take_turns({**sides(norms), COPIES: partial(copies, bench, size, width)}, 3 * bench.rounds),
+        note="Models without a fused layer have eager ReLU, which moves 5 units of memory; a norm with ReLU "
+        "inside moves 3 units more at s=1 and 0.19 at s=4: by the bytes alone that adds 1.5 or 0.1 times the "
+        f"row `{COPIES}` to the step without norm.",
+    )  # fmt: skip
 
 
 def session_step(bench: Bench, overrides: list[str]) -> Ready:
@@ -89,6 +106,19 @@ def check_fused(ready: Prepared) -> None:
             raise CannotRun(
                 f"not fused: {layer.name} ran {', '.join(list(layer.ops.get('forward', {}))[:5])}"
             )
+
+
+def copies(bench: Bench, size: int, width: int) -> Ready:
+    """Reads and writes of what every norm layer of the step sees, 2 units of memory each."""
+    shapes = shapes_of("resnet9", size, width=width)
+    pairs = [torch.randn(2, *shape, device=bench.device, dtype=torch.bfloat16).unbind() for shape in shapes]
+
+    def step() -> float:
+        for source, target in pairs:
+            target.copy_(source)
+        return 0.0
+
+    return timed(step, bench.device)
 
 
 def naive_step(bench: Bench, size: int, width: int, stride: int) -> Ready:

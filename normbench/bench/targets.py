@@ -148,10 +148,10 @@ def targets() -> Iterable[Target]:
             f"ResNet9 step with fused norm+ReLU s={stride} over the same step without norm and eager ReLU, "
             "bf16 channels-last",
             1.02, "step", f"bf16, channels-last, fused mbn s={stride}", ("bf16, channels-last, no norm",),
-            at_most=True,
+            where={"compared": "norms"}, at_most=True,
         )  # fmt: skip
     yield Target("ResNet9 step against the naive loop's", 2.4, "step", "naive",
-                 ("bf16, channels-last, fused mbn s=4",))  # fmt: skip
+                 ("bf16, channels-last, fused mbn s=4",), where={"compared": "flags"})  # fmt: skip
     yield Target("batched augmentation against PIL per sample", 9, "loader", "PIL per sample",
                  ("batched on tensors",), "image")  # fmt: skip
     yield Target("start-up of a session in a sweep against a process each", 15, "startup",
