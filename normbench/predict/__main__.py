@@ -203,10 +203,8 @@ def check_out(out: Path, inputs: Sequence[Path | None]) -> None:
         if path.resolve() in read:
             raise Refused(f"--out {out} would overwrite {path}, which is read; choose another name")
     there = next(parent for parent in out.absolute().parents if parent.exists())
-    if not there.is_dir():
-        raise Refused(f"--out {out}: {there} is no folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise Refused(f"--out {out}: {there} cannot be written to")
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise Refused(f"--out {out}: {there} is no folder that can be written to")
 
 
 def asked(given: argparse.Namespace, config: Config, batch_size: int) -> Asked:
@@ -273,6 +271,7 @@ def run(given: argparse.Namespace) -> None:
     batch_size = given.batch_size or config.batch["eval_size"]
     check_out(given.out, [source.file, given.images, given.labels, given.config])
     wanted = asked(given, config, batch_size)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
 
     import torch  # dear, and what comes before may be refused
 

@@ -56,7 +56,9 @@ class Table:
     @property
     def label_at(self) -> int | None:
         """The label's place in a row, from 0."""
-        return None if self.label_column is None else (self.label_column - 1) % self.width
+        if self.label_column is None:
+            return None
+        return self.label_column - 1 if self.label_column > 0 else self.width + self.label_column
 
     def chunks(self, rows: int) -> Iterator[Chunk]:
         """So many images at a time, (n, C, H, W) from 0 to 255, with their labels (n,) where known.
@@ -124,13 +126,11 @@ class Table:
         """What is wrong with the first of these that is no row of numbers."""
         for number, line in enumerate(lines, before + 1):
             cells = line.strip().split(",")
-            header = "; a header has no place here" if number == 1 else ""
             for column, cell in enumerate(cells, 1):
-                try:
-                    float(cell)
-                except ValueError:
-                    text = cell if len(cell) <= SHOWN else cell[:SHOWN] + "…"
-                    return f"{self.path}: row {number}, column {column}: {text!r} is no number{header}"
+                if not is_number(cell):
+                    cure = "; a header has no place here" if (number, column) == (1, 1) else ""
+                    cure = "; commas separate values" if re.search(r"\d[;\t ]+\d", cell) else cure
+                    return f"{self.path}: row {number}, column {column}: {clipped(cell)} is no number{cure}"
             if len(cells) != self.width:
                 what = "×".join(map(str, self.shape)) + ("" if self.label_column is None else " and a label")
                 return f"{self.path}: row {number} has {len(cells)} values, not {self.width} ({what})"
@@ -159,12 +159,26 @@ class Table:
             return
         row, place = map(int, np.unravel_index(good.argmin(), good.shape))
         column = place + 1 + (self.label_at is not None and self.label_at <= place)
-        other = "1" if scale == "255" else "255"
-        why = "" if self.scale else f" (as the file's first value but 0 and 1 is; else --scale {other})"
+        value, other = values[row, place], "1" if scale == "255" else "255"
+        decided = f" (the file's first value that is neither 0 nor 1 decides; --scale {other} overrules it)"
+        why = decided if self.scale is None and 0 <= value <= float(other) else ""
         raise Refused(
-            f"{self.path}: row {before + row + 1}, column {column}: {values[row, place]:g} is not "
-            f"{SCALES[scale]}{why}"
+            f"{self.path}: row {before + row + 1}, column {column}: {value:g} is not {SCALES[scale]}{why}"
         )
+
+
+def is_number(cell: str) -> bool:
+    """As NumPy reads them, which knows no 1_000."""
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return cell.isascii() and "_" not in cell
+
+
+def clipped(text: str) -> str:
+    """A value as a message repeats it."""
+    return repr(text if len(text) <= SHOWN else text[:SHOWN] + "…")
 
 
 def scale_of(values: Values) -> str | None:
@@ -182,8 +196,9 @@ def read_labels(path: Path, num_classes: int) -> Labels:
     for number, line in enumerate(rows, 1):
         text = line.strip()
         if not (re.fullmatch(r"\d{1,9}", text) and int(text) < num_classes):
-            shown = text if len(text) <= SHOWN else text[:SHOWN] + "…"
-            raise Refused(f"{path}: row {number}: {shown!r} is not an integer from 0 to {num_classes - 1}")
+            raise Refused(
+                f"{path}: row {number}: {clipped(text)} is not an integer from 0 to {num_classes - 1}"
+            )
         labels.append(int(text))
     if not labels:
         raise Refused(f"{path} is empty; a row is a label")

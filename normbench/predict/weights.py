@@ -6,7 +6,10 @@ running what they hold, and a model is never used with a tensor that did not com
 
 import csv
 import pickle
+import pkgutil
+import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +19,11 @@ import yaml
 
 from normbench import checkpoint
 from normbench.config import Config
+from normbench.data.options import DatasetOptions
 from normbench.plan import hash_of_text, read_json
 from normbench.results import Row, session_folders
-from normbench.values import Refused
+from normbench.rules import RULES
+from normbench.values import Refused, positive_int
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -95,8 +100,17 @@ def config_of(path: Path) -> Config:
     try:
         text = path.read_text()
         values = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        if not isinstance(values, dict):
+            raise TypeError("it holds no keys")
         choices, written = values.pop("choices"), values.pop("config_hash", None)
         config = Config.of(values, choices)
+        for key in ("precision", "threads"):
+            RULES[key](key, values[key])
+        DatasetOptions.from_mapping(config.dataset)
+        positive_int("batch.eval_size", config.batch["eval_size"])
+        for part, group in ((config.norm, "norm"), (config.model, "model")):
+            if not isinstance(part["_target_"], str) or not choices[group]:
+                raise TypeError(f"{group} names no class")
     except (yaml.YAMLError, AttributeError, TypeError, KeyError, ValueError) as error:
         raise Refused(f"{path} is no session's configuration ({first_line(error)})") from error
     if written is not None and hash_of_text(text) != written:
@@ -181,23 +195,31 @@ def state_dict_in(path: Path) -> dict[str, "Tensor"]:
     import torch
 
     whole = zipfile.is_zipfile(path)
+    if whole and (part := damaged_part(path)):
+        raise Refused(f"{path} is damaged: the checksum of {part} does not fit")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        why = (
-            "it holds more than tensors, and is not read further"
-            if whole
-            else "it is damaged, or no such file"
-        )
+        with warnings.catch_warnings():  # of pickles that are none of torch's
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever reading foreign bytes leads to
+        why = "it holds more than tensors, and is not read further" if whole else "it is cut off, or foreign"
         raise Refused(f"{path} is no state_dict: {why}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, LookupError) as error:
-        raise Refused(f"{path} is cut off or no file of weights ({first_line(error)})") from error
     if not isinstance(content, dict) or not content:
-        raise Refused(f"{path} is no state_dict: it holds {type(content).__name__} instead of named tensors")
+        what = "nothing" if content == {} else type(content).__name__
+        raise Refused(f"{path} is no state_dict: it holds {what} instead of named tensors")
     for name, value in content.items():
         if not isinstance(value, torch.Tensor):
             raise Refused(f"{path} is no state_dict: {name!r} is {type(value).__name__}, not a tensor")
     return content
+
+
+def damaged_part(path: Path) -> str | None:
+    """The first part of torch's zip file whose checksum does not fit; torch itself does not look."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError):
+        return "its directory"
 
 
 def model_of(source: Source, state: State) -> "nn.Module":
@@ -265,7 +287,6 @@ def check_targets(config: Config) -> None:
 
     A session's folder may come from anywhere; training takes any callable, from one's own command line.
     """
-    from hydra.utils import get_object
     from torch import nn
 
     from normbench.building import targets
@@ -275,7 +296,7 @@ def check_targets(config: Config) -> None:
             if target.startswith(OURS):
                 continue
             try:
-                found: Any = get_object(target)
+                found: Any = pkgutil.resolve_name(target)
             except Exception as error:
                 raise Refused(
                     f"{target}, which the session was trained with, cannot be imported "
