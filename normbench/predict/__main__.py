@@ -306,7 +306,7 @@ def run(given: argparse.Namespace) -> None:
     scored, names = scores.score(found, num_classes), wanted.names(num_classes)
     if scored:
         say(scores.headline(scored))
-        if wanted.own_test and state.reported and source.row and precision == config.precision:
+        if wanted.own_test and source.row and precision == config.precision:
             say(scores.against_row(scored, source.row))
         scores.show_confusion(scored, names)
     provenance = {

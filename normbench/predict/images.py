@@ -133,7 +133,9 @@ class Table:
                     return f"{self.path}: row {number}, column {column}: {clipped(cell)} is no number{cure}"
             if len(cells) != self.width:
                 what = "×".join(map(str, self.shape)) + ("" if self.label_column is None else " and a label")
-                return f"{self.path}: row {number} has {len(cells)} values, not {self.width} ({what})"
+                one_more = self.label_at is None and len(cells) == self.width + 1
+                cure = "; where one is the label, --label-column 1 or -1" if one_more else ""
+                return f"{self.path}: row {number} has {len(cells)} values, not {self.width} ({what}){cure}"
         return ""
 
     def split(self, values: Values, before: int) -> tuple[Values, Labels | None]:

@@ -4,7 +4,6 @@ A file of weights alone says nothing of its model: `config.yaml` beside it does.
 running what they hold, and a model is never used with a tensor that did not come from the file.
 """
 
-import csv
 import pickle
 import pkgutil
 import warnings
@@ -29,22 +28,18 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 MODEL, CONFIG, SESSION = "model.pt", "config.yaml", "session.json"
-KEEP = "train it with save_model=true (or checkpoint.keep=true checkpoint.every=1epoch)"
 OURS = ("normbench.models.", "normbench.norms.")
 LIBRARIES = ("normbench", "torch", "torchvision")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file of weights, the configuration they were trained with, and the finished session's row.
-
-    `whole`: a session's folder was given, so that only what its row reports will do.
-    """
+    """A file of weights, the configuration they were trained with, and the row of a finished session where
+    the file holds what the row reports."""
 
     file: Path
     config: Config
     row: Row | None
-    whole: bool
 
     @property
     def name(self) -> str:
@@ -55,31 +50,29 @@ class Source:
 
 @dataclass(frozen=True)
 class State:
-    """A model's tensors by name; `complete` where buffers that a state_dict leaves out are among them.
+    """A model's tensors by name.
 
     Args:
-        step: after which they were taken; None where the file does not say.
-        reported: whether the session's row is about them.
+        complete: whether buffers that a state_dict leaves out are among them.
+        step: after which they were taken; None for those that a session reports, and where nobody knows.
     """
 
     tensors: Mapping[str, "Tensor"]
     complete: bool
     step: int | None
-    reported: bool
 
 
 def find(given: Path, config: Path | None) -> Source:
-    """The weights of a session's folder, or of a file with its config.yaml beside it or given."""
+    """The weights of a finished session's folder, or of a file with its config.yaml beside it or given."""
     if not given.exists():
         raise Refused(f"{given}: no such file or folder; give a session's folder, model.pt or checkpoint.pt")
     folder = given if given.is_dir() else given.parent
     path = config or folder / CONFIG
     if not path.is_file():
         raise Refused(missing_config(given, path, config is not None))
-    read = config_of(path)
-    row = row_of(folder) if config is None else None
+    read, row = config_of(path), row_of(folder)
     file = of_session(folder, row) if given.is_dir() else given
-    return Source(file, read, row, whole=given.is_dir())
+    return Source(file, read, row if file.name == MODEL and config is None else None)
 
 
 def missing_config(given: Path, path: Path, asked: bool) -> str:
@@ -135,59 +128,35 @@ def row_of(folder: Path) -> Row | None:
 
 def of_session(folder: Path, row: Row | None) -> Path:
     """The file in a session's folder that holds what its row reports."""
-    last, saved = folder / checkpoint.NEWEST, folder / MODEL
+    saved, checkpointed = folder / MODEL, (folder / checkpoint.NEWEST).is_file()
+    so_far = (
+        f"; {folder / checkpoint.NEWEST} itself may be given, for its weights so far" if checkpointed else ""
+    )
     if row is None:
-        cure = f"give {last} for its weights so far" if last.is_file() else "run its command again first"
-        raise Refused(f"{folder} has not finished; {cure}")
-    if saved.is_file():
-        return saved
-    if last.is_file():
-        return last
-    raise Refused(f"{folder} kept no weights; {KEEP}")
+        raise Refused(f"{folder} has not finished; run its command again{so_far}")
+    if not saved.is_file():
+        raise Refused(
+            f"{folder} did not keep the weights that its row reports; train it with save_model=true{so_far}"
+        )
+    return saved
 
 
 def read_state(source: Source) -> State:
     """The tensors in the file, on the CPU.
 
-    Raises: Refused — no file of weights, cut off, changed since, or not the ones that the row is about.
+    Raises: Refused — no file of weights, cut off, or changed since.
     """
     with source.file.open("rb") as file:
         head = file.read(len(checkpoint.FORMAT))
     if not head:
         raise Refused(f"{source.file} is empty")
-    if head == checkpoint.FORMAT:
-        return of_checkpoint(source)
-    tensors = state_dict_in(source.file)
-    return State(tensors, complete=False, step=None, reported=source.file.name == MODEL)
-
-
-def of_checkpoint(source: Source) -> State:
-    """The weights that a checkpoint's session had, or reports where the session's folder was given."""
+    if head != checkpoint.FORMAT:
+        return State(state_dict_in(source.file), complete=False, step=None)
     try:
         body = checkpoint.read(source.file)
-        step, selected = int(body["step"]), body["selection"]
-        model = dict(body["model"])
+        return State(dict(body["model"]), complete=True, step=int(body["step"]))
     except (checkpoint.Damaged, pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
         raise Refused(f"{source.file}: {first_line(error)}") from error
-    ended = last_step(source.file.parent) == step and source.row is not None
-    if ended and selected["step"] != step and selected["weights"] and source.whole:
-        return State(dict(selected["weights"]), complete=False, step=selected["step"], reported=True)
-    reported = ended and selected["step"] == step
-    if source.whole and not reported:
-        raise Refused(
-            f"{source.file} holds the weights after step {step}, not those that the row reports; {KEEP}, or "
-            "give the file itself to use it"
-        )
-    return State(model, complete=True, step=step, reported=reported)
-
-
-def last_step(folder: Path) -> int | None:
-    """The step of the last row of epochs.csv."""
-    try:
-        with (folder / "epochs.csv").open(newline="") as file:
-            return int([row["step"] for row in csv.DictReader(file)][-1])
-    except (OSError, LookupError, ValueError, TypeError):
-        return None
 
 
 def state_dict_in(path: Path) -> dict[str, "Tensor"]:
