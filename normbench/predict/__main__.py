@@ -139,7 +139,7 @@ def main() -> None:
             check(arguments)
             run(arguments)
         except KeyboardInterrupt:
-            say("normbench predict: stopped; nothing was written", error=True)
+            say("normbench predict: stopped", error=True)
             sys.exit(130)
 
 
