@@ -15,6 +15,7 @@ DOORS = {
     "bench": "how fast the layers, a step, the data, sweeps are: ratios with spread",
     "stats": "compare the arms of a study",
     "status": "what a sweep has done, is doing, has failed; time to go",
+    "predict": "predict images with a session's weights; accuracy, F1, confusion where labels are known",
     "results": "rebuild results.csv from the sessions' own files",
 }
 HYDRA_DOORS = ("train", "audit", "bench")
