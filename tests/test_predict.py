@@ -164,6 +164,7 @@ def test_every_way_to_write_the_images_gives_the_same_predictions(session: Path,
     assert Path("deep/er/study.csv").read_text() == "\n".join(expected) + "\n"
 
 
+@pytest.mark.slow
 def test_all_parts_of_the_own_data_set_and_the_weights_of_the_best_epoch(
     train: Trainer, predict: Predict
 ) -> None:
@@ -227,6 +228,7 @@ def shift(num_features):
 """
 
 
+@pytest.mark.slow
 def test_a_layer_of_ones_own_works_where_the_file_holds_its_whole_state(
     train: Trainer, predict: Predict, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -261,7 +261,7 @@ def label_of(root: Path, names: Sequence[str], dataset: str, num_classes: int) -
     why = (
         f"has {len(names)} class folders, the model {num_classes} classes"
         if dataset in BY_NAME
-        else f"has class folders like {names[0]}, and {dataset}'s labels are no order of names"
+        else f"has class folders like {names[0]!r}, and {dataset}'s labels are no order of names"
     )
     raise Refused(f"{root} {why}; {cure}")
 
