@@ -222,7 +222,7 @@ def reached_figure(analysis: Analysis, group: Group, metric: Metric, width: floa
         draw_steps(axes, baseline, BASELINE, "baseline")
         if shown[i] != group.baseline:
             draw_steps(axes, arms[shown[i]], TREATMENT, "treatment")
-        axes.set_title(f"{wrapped(shown[i])}\n{counted(arms[shown[i]])}", loc="left", fontsize=9, color=INK)
+        axes.set_title(f"{wrapped(shown[i])}\n{counted(arms[shown[i]])}", loc="left", y=1.0, fontsize=9, color=INK)
         if i >= len(shown) - columns:
             axes.tick_params(labelbottom=True)
             axes.set_xlabel("training time (s)" if metric.is_time else "epochs")
@@ -357,7 +357,7 @@ def draw_order(axes: Axes, arm: Arm, metric: Metric, order: Floats, color: str, 
     x, y = order[known], column[known]
     name = wrapped(arm.label, 60)
     if not y.size:
-        axes.set_title(f"{name}: no value", loc="left", fontsize=9, color=color)
+        axes.set_title(f"{name}: no value", loc="left", y=1.0, fontsize=9, color=color)
         axes.set_yticks([])
         return
     kept = evenly(y.size)
@@ -366,7 +366,7 @@ def draw_order(axes: Axes, arm: Arm, metric: Metric, order: Floats, color: str, 
               markersize=4 if y.size <= 100 else 2, label=arm.label)  # fmt: skip
     r = float(lag1(y))
     words = "no autocorrelation can be told" if math.isnan(r) else f"lag-1 autocorrelation {r:.2f}"
-    axes.set_title(f"{name}: {words}", loc="left", fontsize=9, color=color)
+    axes.set_title(f"{name}: {words}", loc="left", y=1.0, fontsize=9, color=color)
     if span > 0:
         middle = float(y.max() + y.min()) / 2
         axes.set_ylim(middle - 0.6 * span, middle + 0.6 * span)
