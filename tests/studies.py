@@ -1,4 +1,4 @@
-"""Studies as training leaves them, written without training: plans, session.json, epochs.csv, traces, profiles."""
+"""Studies as training leaves them, written without training: plans, sessions, traces, profiles."""
 
 import csv
 import json
@@ -72,7 +72,8 @@ def write_session(plan: Plan, each: Planned, acc: float, epochs: int, draws: np.
         for e in range(epochs)
     ])  # fmt: skip
     row = dict.fromkeys(COLUMNS) | {
-        "study": plan.study, "setting": arm.setting, "arm": arm.arm, "session": each.session, "seed": each.seed,
+        "study": plan.study, "setting": arm.setting, "arm": arm.arm, "session": each.session,
+        "seed": each.seed,
         "status": "ok", **arm.choices, "batch_size": 128, "epochs": epochs, "lr": 0.1, "precision": "fp32",
         "compile": False, "pack": 1, "threads": 1, "slots": 1, "device": "cpu", "device_name": "AMD EPYC",
         "test_acc": acc, "test_loss": 0.2 - 0.1 * acc, "train_loss": 0.06, "best_test_acc": acc,
@@ -86,7 +87,8 @@ def write_session(plan: Plan, each: Planned, acc: float, epochs: int, draws: np.
     layers = [{"name": layer, "class": f"normbench.norms.{arm.choices['norm']}", "repr": "64, eps=1e-05",
                "input_shape": [128, 64, 8, 8], "parameters": 128, "trainable_parameters": 128, "fused": False,
                "ops": {**ops, "eval": {"aten.native_batch_norm": 1}}} for layer in LAYERS]  # fmt: skip
-    manifest = {"norm_layers": layers, "compiled": False, "cuda_graph": False, "kernels": None, "idle_options": [],
+    manifest = {"norm_layers": layers, "compiled": False, "cuda_graph": False, "kernels": None,
+                "idle_options": [],
                 "never_moved": [], "warnings": [], "notes": []}  # fmt: skip
     write_json(folder / "session.json", {"row": row, "images": {"train": 1437, "test": 360},
                                          "manifest": manifest, "config": arm.values})  # fmt: skip
@@ -108,7 +110,8 @@ def write_traces(session: Path, epochs: int = 8, channels: int = 6, seed: int = 
          1 + 0.1 * draws.random(), 1 - step / 500, step / 500, draws.normal(0, 0.01), ""]
         for step in range(0, 12 * epochs, 12) for layer in LAYERS[:2] for c in range(channels)
     ]  # fmt: skip
-    head = ("step", "epoch", "layer", "channel", "batch_mean", "batch_std", "running_mean", "running_var", "weight",
+    head = ("step", "epoch", "layer", "channel", "batch_mean", "batch_std", "running_mean", "running_var",
+            "weight",
             "bias", "weight_grad", "bias_grad")  # fmt: skip
     write_csv(session / "traces" / "norms.csv", head, norms)
     spread = [(-2 - 0.1 * e, -0.5, 0.5, 2 + 0.1 * e) for e in range(epochs)]
@@ -133,10 +136,11 @@ def write_profile(folder: Path, arms: Sequence[str], layers: int = 8) -> Path:
         times = [spent * f * draws.uniform(0.95, 1.05) for f in (1, 0.95, 1.1, 2, 1.9, 2.2)]
         rows.append(["resnet9", "digits", arm, arm.partition("-")[0], "{}", "", f"layer{layer}.norm", layer,
                      "128×64×32×32", False, "fp32", 128, place, False, *times, 3 * size, 5 * size,
-                     3e-9 * size / times[0], 5e-9 * size / times[3], 40.0 - layer, 12.5, 3, 5, 0.02, 0.018, 0.025, 1,
+                     3e-9 * size / times[0], 5e-9 * size / times[3], 40.0 - layer, 12.5, 3, 5, 0.02, 0.018,
+                     0.025, 1,
                      "cpu", "AMD EPYC", "", "2.15.0", "", "2026-11-22T01:00:00Z"])  # fmt: skip
-    head = """model dataset arm norm norm_options stride layer layer_index shape channels_last precision batch_size place
-        fused forward_median_s forward_p20_s forward_p80_s backward_median_s backward_p20_s backward_p80_s
+    head = """model dataset arm norm norm_options stride layer layer_index shape channels_last precision
+        batch_size place fused forward_median_s forward_p20_s forward_p80_s backward_median_s backward_p20_s backward_p80_s
         forward_bytes backward_bytes forward_gb_per_s backward_gb_per_s copy_gb_per_s peak_memory_mib
         forward_operators backward_operators share_of_step share_p20 share_p80 threads device device_name
         driver_version torch_version cuda_version made_at""".split()  # noqa: SIM905

@@ -33,13 +33,13 @@ def parser() -> argparse.ArgumentParser:
         help="a study's folder (default: outputs/adhoc)")  # fmt: skip
     add_choices(made)
     add("--profile", type=Path, metavar="FOLDER",
-        help="layer times, as `profile` wrote them (default: the newest below the study's profile/)")  # fmt: skip
+        help="layer times that `profile` wrote (default: the newest below the study's profile/)")  # fmt: skip
     add("--format", choices=("html", "md"), default="html", help="report.html, or report.md (default: html)")
     add("--out", type=Path, metavar="FOLDER",
         help="for the report, comparisons.csv and figures/ (default: the study's folder)")  # fmt: skip
     add("--watch", type=seconds, nargs="?", const=30.0, metavar="SECONDS",
-        help="write it again every so many seconds (30) where something changed, until all has ended; the page "
-        "then loads itself anew")  # fmt: skip
+        help="write it again every so many seconds (30) where something changed, until all has ended; "
+        "the page loads itself anew")  # fmt: skip
     return made
 
 
@@ -112,12 +112,13 @@ def made_by() -> str:
 
     packages = ("numpy", "scipy", "statsmodels", "pandas", "matplotlib")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    return f"Made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by normbench on Python {platform.python_version()}, {versions}."
+    now, python = f"{datetime.now(UTC):%Y-%m-%d %H:%M}", platform.python_version()
+    return f"Made {now} UTC by normbench on Python {python}, {versions}."
 
 
 def watch(given: argparse.Namespace) -> None:
-    """Write the report whenever a session's files have changed, at the lowest priority, until all has ended."""
-    os.nice(19)  # a page takes seconds of a core: what trains beside it comes first
+    """Write the report whenever a session's files have changed, until all has ended."""
+    os.nice(19)  # a page takes seconds of a core, and what trains beside it is timed
     seen: Sequence[object] | None = None
     try:
         while True:

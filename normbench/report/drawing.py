@@ -19,7 +19,7 @@ from matplotlib.text import Text
 from normbench.plan import write_whole
 from normbench.stats.figures import WIDTH
 
-PHONE = 4.4  # inches
+PHONE = 4.0  # inches
 MARGIN = 4.0  # points around what is cropped
 FONTS = re.compile(r"'DejaVu Sans'(?:, *(?:'[^']*'|[\\w-]+))*")
 UNUSED_ID = re.compile(r' id="(?:figure|axes|patch|text|line2d|matplotlib\.axis|xtick|ytick|[A-Z]\w*)_\d+"')
@@ -70,16 +70,16 @@ def drawing_of(name: str, make: Makes, alt: str, folder: Path) -> Drawing | None
     small = make(PHONE)
     if small is None:
         raise ValueError(f"{name}: there is something to draw, though nothing in a narrow figure")
-    return Drawing(
-        name, title, caption, alt,
-        in_page(text, figure, "wide", alt), in_page(svg_of(small, f"{name}-narrow"), small, "narrow", alt), file,
-    )  # fmt: skip
+    wide = in_page(text, figure, "wide", alt)
+    narrow = in_page(svg_of(small, f"{name}-narrow"), small, "narrow", alt)
+    return Drawing(name, title, caption, alt, wide, narrow, file)
 
 
 def svg_of(figure: Figure, name: str) -> str:
     """The figure as an SVG file; `name` makes the ids in it its own."""
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.patch.set_gid("paper")
         if engine := figure.get_layout_engine():
             engine.execute(figure)  # savefig would draw everything once more to come to this
             figure.set_layout_engine("none")
@@ -108,9 +108,9 @@ def in_page(text: str, figure: Figure, size: str, alt: str) -> str:
                 bottom = min(bottom, math.ceil(high + MARGIN / 2))
             text = re.sub(rf'<g id="{part.get_gid()}">.*?</g>', "", text, flags=re.S)
     width = 72 * float(figure.get_figwidth())
-    body = text[text.index(">", text.index("<svg")) + 1 :]
+    body = re.sub(r'<g id="paper">.*?</g>', "", text[text.index(">", text.index("<svg")) + 1 :], flags=re.S)
     body = re.sub(r"<style[^>]*>.*?</style>", "", body, flags=re.S)
     body = in_tags(COLOUR, r"var(--c\1)", body)
-    box_words = f"0 {top:g} {width:g} {bottom - top:g}"
-    head = f'<svg class="{size}" viewBox="{box_words}" role="img" aria-label="{escape(alt)}" data-figure="{size}">'
+    shown = f'viewBox="0 {top:g} {width:g} {bottom - top:g}" role="img" aria-label="{escape(alt)}"'
+    head = f'<svg class="{size}" {shown}>'
     return head + re.sub(r"\n+", "\n", body)

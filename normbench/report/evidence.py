@@ -14,8 +14,8 @@ from normbench.results import row_from, source_of
 from normbench.stats.tables import some
 from normbench.values import Refused
 
-MACHINE = ("device", "device_name", "hostname", "threads", "slots", "pack", "precision", "compile", "torch_version",
-           "git_commit")  # fmt: skip
+MACHINE = ("device", "device_name", "hostname", "threads", "slots", "pack", "precision", "compile",
+           "torch_version", "git_commit")  # fmt: skip
 NOT_SETTINGS = ("study", "plan", "hydra", "session", "seed", "out", "data_dir")
 MOST_OPERATORS = 8
 Body = Mapping[str, Any]

@@ -1,12 +1,13 @@
 """The sentence that a report opens with: every arm under its verdict."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from normbench.stats.analysis import Analysis, Group
 from normbench.stats.comparison import Comparison
 from normbench.stats.metrics import Metric
-from normbench.stats.tables import decimals, signed, some
+from normbench.stats.tables import some
 from normbench.stats.verdicts import DIFFERENT, EQUIVALENT, INCONCLUSIVE, NOT_COMPARABLE
 
 ORDER = (DIFFERENT, EQUIVALENT, INCONCLUSIVE, NOT_COMPARABLE)
@@ -20,6 +21,7 @@ class Said:
     """One verdict and the arms that have it, in words."""
 
     verdict: str
+    within: str
     arms: str
 
 
@@ -31,7 +33,7 @@ class Clause:
     said: Sequence[Said]
 
     def __str__(self) -> str:
-        return f"{self.opening} " + ", ".join(f"{s.verdict}: {s.arms}" for s in self.said)
+        return f"{self.opening} " + ", ".join(f"{s.verdict}{s.within}: {s.arms}" for s in self.said)
 
 
 @dataclass(frozen=True)
@@ -60,19 +62,28 @@ def clause(group: Group, metric: Metric, rows: Sequence[Comparison], brief: bool
     """One table as part of a sentence."""
     where = f"{group.title}: " if group.title else ""
     what = WORDS.get(metric.name, metric.name)
-    return Clause(f"{where}{what} against {group.baseline}:", [
-        Said(verdict, f"{len(alike)} of {len(rows)} arms" if brief else
-             some([spoken(c, group, metric) for c in alike]))
-        for verdict in ORDER if (alike := [c for c in rows if c.verdict == verdict])
-    ])  # fmt: skip
+    said = []
+    for verdict in ORDER:
+        if alike := [c for c in rows if c.verdict == verdict]:
+            names = some([spoken(c, group, metric) for c in alike])
+            arms = f"{len(alike)} of {len(rows)} arms" if brief else names
+            said.append(Said(verdict, within(alike), arms))
+    return Clause(f"{where}{what} against {group.baseline}:", said)
+
+
+def within(alike: Sequence[Comparison]) -> str:
+    """`within ±0.005` where that is what makes them equivalent."""
+    margins = sorted({c.margin for c in alike if c.verdict == EQUIVALENT and not c.identical})
+    return f" within ±{' and ±'.join(f'{m:.3g}' for m in margins)}" if margins else ""
 
 
 def spoken(c: Comparison, group: Group, metric: Metric) -> str:
-    """`gn (+0.0123)`, `mbn (identical)`, `nn` where no number is worth saying."""
+    """`gn (+0.012)`, `mbn (identical)`, `nn` where no number is worth saying."""
     name = c.treatment if c.baseline == group.baseline else f"{c.treatment} against {c.baseline}"
     if c.identical:
         return f"{name} (identical)"
-    if c.verdict in (DIFFERENT, EQUIVALENT):
-        within = f" within ±{c.margin:.3g}" if c.verdict == EQUIVALENT else ""
-        return f"{name} ({signed(c.diff, decimals([c], metric))}{within})"
-    return name
+    if c.verdict != DIFFERENT or not math.isfinite(c.diff):
+        return name
+    unit = " s" if metric.name.endswith("_s") else " MiB" if metric.name.endswith("_mib") else ""
+    amount = f"{c.diff:+.2g}".replace("-", "−")
+    return f"{name} ({amount}{unit})"

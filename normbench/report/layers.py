@@ -1,4 +1,4 @@
-"""A profile of norm layers, from its folder: times by layer, bytes against a copy, and the share of a step."""
+"""A profile of norm layers, from its folder: times by layer, bytes against a copy, shares of a step."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,8 @@ STEPS = {"step_median_s": "step (s)", "without_norms_median_s": "without norms (
          "norm_share_by_layers": "norms' share, by the layers", "agrees": "agree"}  # fmt: skip
 TIMES = {"forward_median_s": "forward (ms)", "backward_median_s": "backward (ms)",
          "forward_gb_per_s": "forward (GB/s)", "backward_gb_per_s": "backward (GB/s)",
-         "copy_gb_per_s": "a copy (GB/s)", "peak_memory_mib": "peak memory (MiB)", "share_of_step": "share of step"}  # fmt: skip
+         "copy_gb_per_s": "a copy (GB/s)", "peak_memory_mib": "peak memory (MiB)",
+         "share_of_step": "share of step"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Profile:
         known = {c: str(row[c]) for c in self.layers.columns if pd.notna(row[c])}
         said = [known.get("model"), f"batch {known['batch_size']}" if "batch_size" in known else None,
                 known.get("precision"), known.get("device_name"),
-                f"{known['threads']} threads" if "threads" in known else None,
+                f"threads {known['threads']}" if "threads" in known else None,
                 f"torch {known['torch_version']}" if "torch_version" in known else None]  # fmt: skip
         return ", ".join(filter(None, said))
 
@@ -122,8 +123,8 @@ def times_figure(profile: Profile, place: str, width: float) -> Figure | None:
         panels[0].set_ylabel("ms", fontsize=9)
         below(figure, panels, "norm layer, in the model's order")
     legend(figure, profile.arms, width)
-    entitle(figure, "", f"norm layers {PLACES.get(place, place)}", profile.where)
-    explain(figure, "Median time of a call; whiskers and bands from the 20 % to the 80 % quantile.",
+    entitle(figure, "", f"norm layers {PLACES.get(place, place)}", f"n = {len(layers)} layers")
+    explain(figure, f"{profile.where}. Median time of a call, and from its 20 % to its 80 % quantile.",
             "" if few else "The scale is logarithmic.")  # fmt: skip
     return figure
 
@@ -183,10 +184,8 @@ def roofline_figure(profile: Profile, width: float) -> Figure | None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         mib = rows[f"{phase}_bytes"] / 2**20
         if "copy_gb_per_s" in rows and rows["copy_gb_per_s"].notna().any():
-            order = np.argsort(mib.to_numpy(float), kind="stable")
             roof = rows["copy_gb_per_s"].groupby(mib).median()
-            axes.plot(roof.index, roof.to_numpy(float), color=SOFT, linewidth=1.2, marker="_", linestyle=(0, (4, 2)),
-                      label="copy") if order.size else None  # fmt: skip
+            axes.plot(roof.index, roof.to_numpy(float), "_--", color=SOFT, linewidth=1.2)
         for i, arm in enumerate(profile.arms):
             of_arm = rows[rows["arm"] == arm]
             axes.plot(of_arm[f"{phase}_bytes"] / 2**20, of_arm[f"{phase}_gb_per_s"], "os^Dv"[i // 7 % 5],
@@ -195,11 +194,9 @@ def roofline_figure(profile: Profile, width: float) -> Figure | None:
     panels[0].set_ylabel("GB/s", fontsize=9)
     below(figure, panels, "bytes the algorithm must move (MiB)")
     legend(figure, profile.arms, width)
-    entitle(figure, "", "norm layers alone against a copy", profile.where)
-    explain(
-        figure,
-        "A point per layer: the bytes it must move by its median time. Dashed: a copy in the same run.",
-    )
+    entitle(figure, "", "norm layers alone against a copy", f"n = {rows['layer'].nunique()} layers")
+    point = "A point per layer: the bytes it must move by its median time. Dashed: a copy in the same run."
+    explain(figure, f"{profile.where}. {point}")
     return figure
 
 

@@ -1,6 +1,5 @@
 """A report as Markdown: the same words and tables, figures as files beside it."""
 
-import html
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from normbench.report.drawing import Drawing
 from normbench.report.sections import Report, Table
 
-SPECIAL = re.compile(r"([\\`*_\[\]<>|#$~])")
+SPECIAL = re.compile(r"([\\`*_\[\]|#$~])")
 
 
 def markdown_of(report: Report, folder: Path) -> str:
@@ -27,15 +26,19 @@ def parts_of(report: Report, folder: Path) -> Iterator[str]:
         for block in section.blocks:
             yield from (figure(block, folder) if isinstance(block, Drawing) else table(block))
         if section.terms:
-            yield "\n".join(f"- **{plain(term)}**: {plain(words)}" for term, words in section.terms)
+            yield "\n".join(f"- **{plain(term)}**: {with_code(words)}" for term, words in section.terms)
     yield plain(report.made)
 
 
 def plain(text: str) -> str:
     """A text that Markdown shows as it is, on one line."""
-    return SPECIAL.sub(
-        r"\\\1", html.escape(" ".join(text.split()), quote=False).replace("&lt;", "<").replace("&gt;", ">")
-    )
+    return SPECIAL.sub(r"\\\1", re.sub(r"\s+", " ", text)).replace("&", "&amp;").replace("<", "&lt;")
+
+
+def with_code(text: str) -> str:
+    """The same, with what stands between backticks as code."""
+    pieces = text.split("`")
+    return "".join(f"`{piece}`" if i % 2 else plain(piece) for i, piece in enumerate(pieces))
 
 
 def figure(block: Drawing, folder: Path) -> Iterator[str]:
@@ -53,6 +56,5 @@ def table(block: Table) -> Iterator[str]:
     lines.insert(1, "|" + "|".join("---" if name in block.left else "---:" for name in block.head) + "|")
     yield "\n".join(lines)
     if block.why:
-        yield "\n".join(
-            f"- {f'**{plain(name)}**: ' if name else ''}{plain(reason)}" for name, reason in block.why
-        )
+        yield "\n".join(f"- **{plain(name)}**: {plain(reason)}" for name, reason in block.why)
+    yield from map(plain, block.below)

@@ -45,7 +45,9 @@ def grid(titles: Sequence[str], width: float, height: float = 1.75, extra: float
         axes.locator_params(axis="x", nbins=4)
         if i >= n - columns:
             axes.tick_params(labelbottom=True)
-        axes.set_title(wrapped(titles[i], int(11 * width / columns)), loc="left", y=1.0, fontsize=9, color=INK)
+        axes.set_title(
+            wrapped(titles[i], int(11 * width / columns)), loc="left", y=1.0, fontsize=9, color=INK
+        )
     return figure, list(spots[:n])
 
 
@@ -61,11 +63,12 @@ def thin(n: int) -> NDArray[np.intp]:
     return np.unique(np.linspace(0, n - 1, min(n, MOST_STEPS)).round().astype(np.intp))
 
 
-def banded(axes: Axes, x: Floats, line: Floats, bands: Sequence[tuple[Floats, Floats]], place: int) -> None:
+def banded(axes: Axes, x: Floats, line: Floats, bands: Sequence[tuple[Floats, Floats]], place: int,
+           pale: float = 0.13) -> None:  # fmt: skip
     """A line and the bands around it, the widest first and palest."""
     kept = thin(x.size)
     for i, (low, high) in enumerate(bands):
-        axes.fill_between(x[kept], low[kept], high[kept], color=colour_of(place), alpha=0.13 + 0.12 * i,
+        axes.fill_between(x[kept], low[kept], high[kept], color=colour_of(place), alpha=pale * (1 + i),
                           linewidth=0)  # fmt: skip
     marker = "o" if kept.size == 1 else ""
     axes.plot(x[kept], line[kept], style_of(place), marker=marker, markersize=3.5, color=colour_of(place),

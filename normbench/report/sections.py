@@ -1,29 +1,31 @@
 """What a report says, in order, before it is HTML or Markdown: sections of words, tables and figures."""
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 
 from normbench import status
-from normbench.report import curves, layers, traces
-from normbench.report.drawing import Drawing, drawing_of
+from normbench.report import curves, layers, method, traces
+from normbench.report.drawing import Drawing, Makes, drawing_of
 from normbench.report.evidence import Evidence, evidence_of, said
-from normbench.report.finding import WORDS, Finding, finding_of
+from normbench.report.finding import Finding, finding_of
 from normbench.report.layers import Profile
 from normbench.report.study import Part, Study
 from normbench.stats import tables
 from normbench.stats.analysis import Analysis, Group
-from normbench.stats.figures import KINDS, Draws, difference_words, safe_stem
+from normbench.stats.figures import KINDS, difference_words, safe_stem
 from normbench.stats.metrics import Metric
-from normbench.stats.verdicts import NOT_COMPARABLE
 
 MOST_ROWS = 1000
-ROW_COLUMNS = ("session", "seed", "status", "test_acc", "test_loss", "best_test_acc", "train_loss", "epoch_time_s",
-               "peak_memory_mib", "launch_order", "started_at", "warnings", "error")  # fmt: skip
+ROW_COLUMNS = ("session", "seed", "status", "test_acc", "test_loss", "best_test_acc", "train_loss",
+               "epoch_time_s", "peak_memory_mib", "launch_order", "started_at", "warnings",
+               "error")  # fmt: skip
 PROSE = ("warnings", "error", "says", "options", "forward", "backward", "class")
-LEFT = ("arm", "verdict", "status", "layer", "where", "shape", "started_at", "kind", "sessions", "fused", "agree",
-        "key", "what", *PROSE)  # fmt: skip
+LEFT = ("arm", "verdict", "status", "layer", "where", "shape", "started_at", "kind", "sessions", "fused",
+        "agree", "key", "what", *PROSE)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Table:
 
     Args:
         verdicts: by row, where its last cell is one.
-        why: (name, reason) below it.
+        why: (name, reason) below it, under the words of `asks`.
+        below: sentences below that.
         folded: opened by who wants it.
     """
 
@@ -41,6 +44,8 @@ class Table:
     rows: Sequence[Sequence[str]]
     verdicts: Sequence[str] = ()
     why: Sequence[tuple[str, str]] = ()
+    asks: str = "Each verdict's reason"
+    below: Sequence[str] = ()
     folded: bool = False
     left: Sequence[str] = LEFT
 
@@ -89,9 +94,18 @@ class Builder:
         """Every section that has something to say."""
         study, analysis = self.study, self.study.analysis
         evidence = [evidence_of(study, part.arms) for part in study.parts]
-        sections = [self.progress(), *([self.comparison(analysis)] if analysis else []), self.sessions(evidence),
-                    self.curves(), self.layers(), self.norms(), self.quantiles(), self.warnings(evidence),
-                    self.provenance(evidence), self.method()]  # fmt: skip
+        sections = [
+            self.progress(),
+            self.comparison(),
+            self.sessions(evidence),
+            self.curves(),
+            self.layers(),
+            self.norms(),
+            self.quantiles(),
+            self.warnings(evidence),  # what the others could not read is among them
+            self.provenance(evidence),
+            self.method(),
+        ]
         kept = [s for s in sections if s and (s.blocks or s.terms or s.words)]
         waiting = "" if analysis else "No session has ended yet: there is nothing to compare."
         finding = finding_of(analysis) if analysis else None
@@ -112,10 +126,10 @@ class Builder:
             facts.append(("run", days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"))
         return facts
 
-    def draw(self, parts: Sequence[str], make: Callable[[float], object], alt: str) -> list[Drawing]:
+    def draw(self, parts: Sequence[str], make: Makes, alt: str) -> list[Drawing]:
         """The drawing, in a list; an empty one where there is nothing to draw."""
         name = safe_stem(parts, self.taken)
-        made = drawing_of(name, make, alt, self.folder / "figures")  # type: ignore[arg-type]
+        made = drawing_of(name, make, alt, self.folder / "figures")
         if made is None:
             return []
         self.taken.add(name.lower())
@@ -135,11 +149,14 @@ class Builder:
         lines = [("running", status.running_lines(sweep)), ("failed", status.failed_lines(sweep)),
                  ("interrupted", status.interrupted_lines(sweep))]  # fmt: skip
         why = [(f"{kind}: {name}", what) for kind, found in lines for name, what in found]
-        made.blocks.append(Table("Sessions by arm", head, rows, why=why[: 3 * status.SHOWN]))
+        made.blocks.append(Table("Sessions by arm", head, rows, why=why[: 3 * status.SHOWN], asks="Which"))
         return made
 
-    def comparison(self, analysis: Analysis) -> Section:
+    def comparison(self) -> Section | None:
         """The tables of `stats`, and every difference with its interval and margin."""
+        analysis = self.study.analysis
+        if analysis is None:
+            return None
         first, *more = tables.opening(analysis, str(self.study.folder))
         made = Section("comparison", "Comparison", [f"{line}." for line in (first, *more)])
         for group in analysis.groups:
@@ -150,24 +167,25 @@ class Builder:
 
     def kind(self, kind: str, analysis: Analysis, group: Group, metric: Metric) -> list[Drawing]:
         """One of the figures of `stats`."""
-        make: Draws = KINDS[kind]
-        values = [said(value) for value in group.name.values()]
-        alt = ALT[kind](analysis, group, metric)
-        return self.draw((*values, metric.name, kind), lambda w: make(analysis, group, metric, w), alt)
+        alt = (differences_words if kind == "differences" else means_words)(analysis, group, metric)
+        parts = (*(said(value) for value in group.name.values()), metric.name, kind)
+        return self.draw(parts, partial(KINDS[kind], analysis, group, metric), alt)
 
     def sessions(self, evidence: Sequence[Evidence]) -> Section:
         """Every session: points, launch order, and their rows."""
         made, analysis = Section("sessions", "Every session"), self.study.analysis
-        for group in analysis.groups if analysis else []:
-            for metric in analysis.metrics if analysis else []:
-                for kind in ("sessions", "order", "reached"):
-                    made.blocks += self.kind(kind, analysis, group, metric) if analysis else []
-        rows = [[arm, *(cell(row.get(column)) for column in ROW_COLUMNS)]
-                for e in evidence for arm, found in e.rows.items() for row in found]  # fmt: skip
-        if rows:
-            some = f"The first {MOST_ROWS:,} of {len(rows):,} rows" if len(rows) > MOST_ROWS else "All rows"
-            head, shown = without_empty(["arm", *ROW_COLUMNS], rows[:MOST_ROWS])
-            made.blocks.append(Table(f"{some} (results.csv has all columns)", head, shown, folded=True))
+        if analysis:
+            for group, metric, kind in product(analysis.groups, analysis.metrics, KINDS):
+                if kind != "differences":
+                    made.blocks += self.kind(kind, analysis, group, metric)
+        found = [(arm, row) for e in evidence for arm, rows in e.rows.items() for row in rows]
+        if found:
+            head, rows = without_empty(
+                ["arm", *ROW_COLUMNS],
+                [[arm, *(cell(row.get(column)) for column in ROW_COLUMNS)] for arm, row in found[:MOST_ROWS]],
+            )
+            these = f"The first {MOST_ROWS:,} of {len(found):,}" if len(found) > MOST_ROWS else "All"
+            made.blocks.append(Table(f"{these} rows; results.csv has every column", head, rows, folded=True))
         return made
 
     def curves(self) -> Section:
@@ -176,10 +194,9 @@ class Builder:
         for part in self.study.parts:
             found = curves.read_curves(part.arms, self.study.notices)
             for column in curves.SHOWN:
+                make = partial(curves.curves_figure, found, column, part.title)
                 made.blocks += self.draw(
-                    (part.title, "curves", column),
-                    lambda w, f=found, c=column, t=part.title: curves.curves_figure(f, c, t, w),  # type: ignore[misc]
-                    curves.curves_words(found, column),
+                    (part.title, "curves", column), make, curves.curves_words(found, column)
                 )
         return made
 
@@ -188,12 +205,12 @@ class Builder:
         profile = self.profile
         if profile is None:
             return None
-        made = Section("layers", "Time by layer", [f"From {profile.folder}, measured on {profile.where}."])
+        made = Section("layers", "Time by layer", [f"From {profile.folder}: {profile.where}."])
         for place in layers.PLACES:
-            made.blocks += self.draw(("layers", place), lambda w, p=place: layers.times_figure(profile, p, w),  # type: ignore[misc]
-                                     layers.times_words(profile, place))  # fmt: skip
-        made.blocks += self.draw(("roofline",), lambda w: layers.roofline_figure(profile, w),
-                                 "A point per layer; the table below has every number.")  # fmt: skip
+            make = partial(layers.times_figure, profile, place)
+            made.blocks += self.draw(("layers", place), make, layers.times_words(profile, place))
+        make = partial(layers.roofline_figure, profile)
+        made.blocks += self.draw(("roofline",), make, "The table below has every number.")
         head, rows = layers.step_rows(profile)
         if rows:
             made.blocks.append(Table("What norms take of a training step", head, rows))
@@ -201,43 +218,35 @@ class Builder:
         made.blocks.append(Table("Every layer", head, rows[:MOST_ROWS], folded=True))
         return made
 
-    def norms(self) -> Section | None:
+    def norms(self) -> Section:
         """Traced norm layers."""
         made = Section("traces", "Inside the norm layers")
-        for part, traced in self.traced():
+        for part, traced in self.traced:
             for layer in traces.layers_of(traced.norms):
-                of_layer = {arm: t[t["layer"] == layer] for arm, t in traced.norms.items()}
-                made.blocks += self.draw(
-                    (part.title, "norms", layer),
-                    lambda w, t=traced, y=layer, p=part: traces.norms_figure(t, y, p.title, w),  # type: ignore[misc]
-                    traces.traced_words(of_layer, list(traces.NORMS), "step"),
-                )
+                make = partial(traces.norms_figure, traced, layer, part.title)
+                alt = traces.traced_words(traces.of_layer(traced.norms, layer), list(traces.NORMS), "step")
+                made.blocks += self.draw((part.title, "norms", layer), make, alt)
         return made
 
-    def quantiles(self) -> Section | None:
+    def quantiles(self) -> Section:
         """Traced features and logits."""
         made = Section("quantiles", "Features and logits")
-        for part, traced in self.traced():
+        for part, traced in self.traced:
             for layer in traces.layers_of(traced.features):
-                of_layer = {arm: t[t["layer"] == layer] for arm, t in traced.features.items()}
-                made.blocks += self.draw(
-                    (part.title, "features", layer),
-                    lambda w, t=traced, y=layer, p=part: traces.features_figure(t, y, p.title, w),  # type: ignore[misc]
-                    traces.traced_words(of_layer, traces.QUANTILES, "epoch"),
-                )
-            made.blocks += self.draw(
-                (part.title, "logits"),
-                lambda w, t=traced, p=part: traces.logits_figure(t, p.title, w),  # type: ignore[misc]
-                traces.traced_words(traced.logits, traces.PEAKS, "epoch"),
-            )
+                make = partial(traces.features_figure, traced, layer, part.title)
+                features = traces.of_layer(traced.features, layer)
+                alt = traces.traced_words(features, traces.QUANTILES, "epoch")
+                made.blocks += self.draw((part.title, "features", layer), make, alt)
+            make = partial(traces.logits_figure, traced, part.title)
+            alt = traces.traced_words(traced.logits, traces.PEAKS, "epoch")
+            made.blocks += self.draw((part.title, "logits"), make, alt)
         return made
 
-    def traced(self) -> Iterator[tuple[Part, traces.Traces]]:
-        """Every part's traces, read once."""
-        if not hasattr(self, "_traced"):
-            notices = self.study.notices
-            self._traced = [(part, traces.read_traces(part.arms, notices)) for part in self.study.parts]
-        return iter(self._traced)
+    @cached_property
+    def traced(self) -> Sequence[tuple[Part, traces.Traces]]:
+        """Every part's traces."""
+        notices = self.study.notices
+        return [(part, traces.read_traces(part.arms, notices)) for part in self.study.parts]
 
     def warnings(self, evidence: Sequence[Evidence]) -> Section:
         """Options without effect, parameters that never moved, and what could not be read."""
@@ -282,70 +291,26 @@ class Builder:
     def method(self) -> Section:
         """How every number was made."""
         made, analysis = Section("method", "How every number was made"), self.study.analysis
-        stats = shlex.join(["python", "-m", "normbench.stats", str(self.study.folder), *self.options])
         if analysis:
-            made.terms += list(method_of(analysis))
-            made.terms.append(("The same numbers", f"{stats} prints the comparison; comparisons.csv has every "
-                               "column, results.csv a row per session."))  # fmt: skip
-        made.terms += GENERAL
+            made.terms += method.of_comparison(analysis)
+            stats = shlex.join(["python", "-m", "normbench.stats", str(self.study.folder), *self.options])
+            made.terms.append(("The same numbers", f"`{stats}`; {method.FILES}"))
+        made.terms += method.GENERAL
         if self.profile:
-            made.terms.append(("Layer times", f"{self.profile.folder}/layers.csv: medians of interleaved, "
-                               "calibrated repeats, with the 20 % and 80 % quantile; profile.json has every "
-                               "raw time."))  # fmt: skip
-        if any(not traced.empty for _, traced in self.traced()):
-            made.terms.append(("Traces", "The values that the layers themselves used, written while one session "
-                               "of each arm trained: its traces/*.csv. One session is a look, not evidence."))  # fmt: skip
-        made.terms.append(("This page", f"{shlex.join(['python', '-m', 'normbench.report', *self.command])}; each "
-                           "figure is also a file in figures/."))  # fmt: skip
+            made.terms.append(("Layer times", f"`{self.profile.folder}/layers.csv`: {method.LAYERS}"))
+        if any(not traced.empty for _, traced in self.traced):
+            made.terms.append(("Traces", method.TRACES))
+        command = shlex.join(["python", "-m", "normbench.report", *self.command])
+        made.terms.append(("This page", f"`{command}`; each figure is also a file in `figures/`."))
         return made
-
-
-GENERAL = [
-    ("Pairing", "Sessions with one seed and session number start from equal weights in every layer they share "
-     "and see equal batches and augmentation in one order, whatever the norm."),
-    ("Order", "Arms of a session run next to each other, in an order shuffled by seed, so that a drift of the "
-     "machine hits all alike; launch_order is a session's place."),
-    ("The clock", "epoch_time_s is the median over a session's epochs of the training steps alone, the device "
-     "synchronized on both sides; evaluation, logging, checkpoints and warm-up stay outside."),
-    ("Accuracy", "test_acc is that of the last evaluation, or with select=best_val of the one best on held-out "
-     "training data. The best on the test set is never the headline."),
-    ("What ran", "Operators are those that the dispatcher saw in one training and one evaluation step of each "
-     "session; an option counts as without effect where its default gives equal bits by equal operators; a "
-     "parameter never moved where its bits are those of the start."),
-]  # fmt: skip
-
-
-def method_of(analysis: Analysis) -> Iterator[tuple[str, str]]:
-    """The choices of this comparison."""
-    options = analysis.options
-    for metric in analysis.metrics:
-        rows = [c for c in analysis.comparisons if c.metric == metric.name]
-        tests = list(dict.fromkeys(c.test for c in rows if c.test and c.verdict != NOT_COMPARABLE))
-        margins = sorted({c.margin for c in rows if c.margin == c.margin})
-        said = f"Decided by: {', '.join(tests)}." if tests else "No test decides."
-        if margins:
-            said += f" Margin: ±{' and ±'.join(f'{m:.3g}' for m in margins)}, stated beforehand."
-        else:
-            said += " No margin was stated, so only identical arms can be equivalent."
-        yield f"{WORDS.get(metric.name, metric.name)} ({metric.name})", said
-    shared = f"Holm's correction over {analysis.family} tests" if analysis.family > 1 else "one test"
-    looks = f" Looked at after {', '.join(map(str, options.looks.at))} sessions: alpha is spent over the looks." if (
-        options.looks and options.looks.at) else ""  # fmt: skip
-    yield ("Error rate", f"alpha {options.alpha:g} for all findings of a kind, by {shared}; intervals are "
-           f"{100 * (1 - options.alpha):g} %, each by itself. Power {options.power:g} for what could be found. "
-           f"Bootstrap: {options.resamples:,} resamples, seed {options.seed}.{looks}")  # fmt: skip
-    yield ("Verdicts", "The first that holds: not comparable (too few sessions, other data, other hardware for "
-           "times); different (the corrected p is below alpha); equivalent (identical in all sessions, or both "
-           "one-sided tests against the margin are below alpha); inconclusive (all else, with the sessions that "
-           "would settle it).")  # fmt: skip
 
 
 def comparison_table(analysis: Analysis, group: Group, metric: Metric) -> Table:
     """A table of `stats`, its reasons below."""
     page, rows = tables.page(analysis, group, metric), analysis.of(group, metric)
     reasons = [(c.treatment, f"{c.verdict}: {c.reason}") for c in rows]
-    more = [("", line) for line in page.below[len(rows) :]]
-    return Table(page.title, page.header, page.rows, page.verdicts, [*reasons, *more])
+    more = page.below[len(rows) :]
+    return Table(page.title, page.header, page.rows, page.verdicts, reasons, below=more)
 
 
 def cell(value: object) -> str:
@@ -368,14 +333,10 @@ def differences_words(analysis: Analysis, group: Group, metric: Metric) -> str:
 
 def means_words(analysis: Analysis, group: Group, metric: Metric) -> str:
     """The arms' means and ranges in words."""
-    found = {label: group.arms[label].values(metric.name) for label in group.order()}
-    return "; ".join(f"{label} mean {tables.number(float(x.mean()), metric)}, {tables.number(float(x.min()), metric)} to "
-                     f"{tables.number(float(x.max()), metric)}" for label, x in found.items() if x.size)  # fmt: skip
-
-
-ALT: dict[str, Callable[[Analysis, Group, Metric], str]] = {
-    "differences": differences_words,
-    "sessions": means_words,
-    "order": means_words,
-    "reached": means_words,
-}
+    said = []
+    for label in group.order():
+        x = group.arms[label].values(metric.name)
+        if x.size:
+            mean, low, high = (tables.number(float(v), metric) for v in (x.mean(), x.min(), x.max()))
+            said.append(f"{label} mean {mean}, {low} to {high}")
+    return "; ".join(said)

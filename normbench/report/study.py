@@ -1,4 +1,4 @@
-"""What a report is made from: a study's plan, progress, comparison, and the folders of every arm's sessions."""
+"""What a report is made from: a study's plan, progress and comparison, and the folders of its sessions."""
 
 import argparse
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What was traced inside the sessions: statistics and parameters of norm layers, quantiles of features, logits.
+"""What was traced inside sessions: statistics and parameters of norm layers, features, logits.
 
 Read from the first session of each arm that has `traces/`; a look inside one session, and no evidence
 about an arm.
@@ -16,7 +16,8 @@ from normbench.report.study import ArmFiles
 from normbench.stats.figures import entitle, explain
 
 NORMS = {
-    "batch_mean": "batch mean", "batch_std": "batch sd", "running_mean": "running mean", "running_var": "running variance",
+    "batch_mean": "batch mean", "batch_std": "batch sd",
+    "running_mean": "running mean", "running_var": "running variance",
     "weight": "weight", "bias": "bias", "weight_grad": "weight's gradient", "bias_grad": "bias's gradient",
 }  # fmt: skip
 QUANTILES = ("q01", "q20", "q80", "q99")
@@ -95,22 +96,27 @@ def layers_of(tables: Mapping[str, Table]) -> list[str]:
     return [found[0], found[len(found) // 2], found[-1]]
 
 
+def of_layer(tables: Mapping[str, Table], layer: str) -> dict[str, Table]:
+    """Every arm's rows of one layer."""
+    return {arm: table[table["layer"] == layer] for arm, table in tables.items()}
+
+
 def norms_figure(traces: Traces, layer: str, title: str, width: float) -> Figure | None:
     """A norm layer over the steps, a panel per quantity: the middle of its channels, arm by arm."""
-    of_layer = {arm: table[table["layer"] == layer] for arm, table in traces.norms.items()}
-    shown = [c for c in NORMS if any(c in t and t[c].notna().any() for t in of_layer.values())]
+    tables = of_layer(traces.norms, layer)
+    shown = [c for c in NORMS if any(c in t and t[c].notna().any() for t in tables.values())]
     if not shown:
         return None
     figure, panels = grid([NORMS[column] for column in shown], width, share=False, extra=1.5)
     for axes, column in zip(panels, shown, strict=True):
-        for place, table in enumerate(of_layer.values()):
+        for place, table in enumerate(tables.values()):
             if column in table and table[column].notna().any():
                 x, y = over(table, "step", column, (0.2, 0.5, 0.8))
-                banded(axes, x, y[:, 1], [(y[:, 0], y[:, 2])], place)
+                banded(axes, x, y[:, 1], [(y[:, 0], y[:, 2])], place, pale=0.2 / len(tables))
         axes.locator_params(axis="y", nbins=4)
     below(figure, panels, "step")
-    legend(figure, list(of_layer), width)
-    entitle(figure, title, f"norm layer {layer} over training", f"n = {channels_of(of_layer)}")
+    legend(figure, list(tables), width)
+    entitle(figure, title, f"norm layer {layer} over training", f"n = {channels_of(tables)}")
     explain(figure, f"{traces.source} Line: median of the channels; band: their middle 60 %.")
     return figure
 
@@ -129,7 +135,7 @@ def over(table: Table, by: str, column: str, quantiles: Sequence[float]) -> tupl
 
 def features_figure(traces: Traces, layer: str, title: str, width: float) -> Figure | None:
     """Quantiles of a layer's output at every evaluation, a panel per arm."""
-    tables = {arm: t[t["layer"] == layer] for arm, t in traces.features.items()}
+    tables = of_layer(traces.features, layer)
     return quantiles_figure(traces, tables, QUANTILES, f"values of {layer}", title, width)
 
 
@@ -138,8 +144,8 @@ def logits_figure(traces: Traces, title: str, width: float) -> Figure | None:
     return quantiles_figure(traces, traces.logits, PEAKS, "the largest logit of an image", title, width)
 
 
-def quantiles_figure(traces: Traces, tables: Mapping[str, Table], columns: Sequence[str], what: str, title: str,
-                     width: float) -> Figure | None:  # fmt: skip
+def quantiles_figure(traces: Traces, tables: Mapping[str, Table], columns: Sequence[str], what: str,
+                     title: str, width: float) -> Figure | None:  # fmt: skip
     """The 1, 20, 80 and 99 % quantiles of something at every evaluation."""
     shown = {arm: table for arm, table in tables.items() if len(table)}
     if not shown:

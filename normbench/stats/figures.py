@@ -222,7 +222,9 @@ def reached_figure(analysis: Analysis, group: Group, metric: Metric, width: floa
         draw_steps(axes, baseline, BASELINE, "baseline")
         if shown[i] != group.baseline:
             draw_steps(axes, arms[shown[i]], TREATMENT, "treatment")
-        axes.set_title(f"{wrapped(shown[i])}\n{counted(arms[shown[i]])}", loc="left", y=1.0, fontsize=9, color=INK)
+        axes.set_title(
+            f"{wrapped(shown[i])}\n{counted(arms[shown[i]])}", loc="left", y=1.0, fontsize=9, color=INK
+        )
         if i >= len(shown) - columns:
             axes.tick_params(labelbottom=True)
             axes.set_xlabel("training time (s)" if metric.is_time else "epochs")
