@@ -1,14 +1,15 @@
 """Figures of an analysis: every session, the differences with their margin, times in launch order.
 
 Each `…_figure` draws one metric of one group and returns a matplotlib `Figure`, or None where there is
-nothing to draw; `draw` saves them all as PNG files. Heights grow with the number of arms.
+nothing to draw; `draw` saves them all as PNG files. Heights grow with the number of arms. A figure narrower
+than NARROW, for a telephone, has the rows' names and words above them and not beside them.
 """
 
 import io
 import math
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -39,7 +40,7 @@ from normbench.stats.verdicts import (
 )
 
 DPI = 150
-WIDTH = 8.0
+WIDTH, NARROW = 8.0, 6.0  # inches
 TALLEST = 400.0  # inches; Agg draws fewer than 2¹⁶ pixels
 MOST_POINTS = 500
 MOST_JOINED = 40
@@ -61,7 +62,7 @@ def draw(analysis: Analysis, folder: Path) -> list[Path]:
     for group in analysis.groups:
         for metric in analysis.metrics:
             for kind, make in KINDS.items():
-                figure = make(analysis, group, metric)
+                figure = make(analysis, group, metric, WIDTH)
                 if figure is not None:
                     name = file_name(group, metric, kind, {path.name.lower() for path in written})
                     written.append(save(figure, folder / "figures" / name))
@@ -71,12 +72,17 @@ def draw(analysis: Analysis, folder: Path) -> list[Path]:
 def file_name(group: Group, metric: Metric, kind: str, taken: set[str]) -> str:
     """`cifar10-128-test_acc-sessions.png`; numbered where a name that is safe for files is taken."""
     values = [f"{v:g}" if isinstance(v, float) else str(v) for v in group.name.values()]
-    parts = [re.sub(r"[^\w.+]+", "-", part)[:60].strip("-.") for part in (*values, metric.name, kind)]
-    stem = "-".join(filter(None, parts))
-    name, copy = f"{stem}.png", 1
+    return f"{safe_stem((*values, metric.name, kind), {Path(name).stem for name in taken})}.png"
+
+
+def safe_stem(parts: Sequence[str], taken: Collection[str]) -> str:
+    """A file's name without its ending: words of letters and digits, numbered where it is taken."""
+    words = [re.sub(r"[^\w.+]+", "-", part)[:60].strip("-.") for part in parts]
+    stem = "-".join(filter(None, words))
+    name, copy = stem, 1
     while name.lower() in taken:
         copy += 1
-        name = f"{stem}-{copy}.png"
+        name = f"{stem}-{copy}"
     return name
 
 
@@ -88,17 +94,17 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def sessions_figure(analysis: Analysis, group: Group, metric: Metric) -> Figure | None:
+def sessions_figure(analysis: Analysis, group: Group, metric: Metric, width: float = WIDTH) -> Figure | None:
     """Every session as a point, each arm's mean and interval above them; few pairs are joined by lines."""
     arms = arms_of(group)
     sizes = [arm.values(metric.name).size for arm in arms]
     if metric.is_until or not any(sizes):
         return None
     floor = floor_of(analysis, group, metric)
-    names = [wrapped(arm.label) for arm in arms]
+    names = [name_in(width, arm.label) for arm in arms]
     if floor:
-        names.append("test set alone,\n±1 standard error")
-    figure = blank(1.4 + len(names) * row_height(names))
+        names.append(name_in(width, "test set alone,", "±1 standard error"))
+    figure = blank(1.4 + len(names) * row_height(names, width), width)
     axes = figure.subplots()
     heights = np.random.default_rng(0).uniform(-0.12, 0.26, arms[0].places)
     for row, arm in enumerate(arms):
@@ -112,7 +118,7 @@ def sessions_figure(analysis: Analysis, group: Group, metric: Metric) -> Figure 
         beside(axes, len(arms), [(f"±{number(se, metric)}", SOFT)])
     as_rows(axes, names)
     axes.set_xlabel(wrapped(with_unit(metric), 80))
-    entitle(figure, group, f"{metric.name} of the sessions", spoken(sizes, "an arm"))
+    entitle(figure, group.title, f"{metric.name} of the sessions", spoken(sizes, "an arm"))
     worth = f" by effective sessions, if {FEWEST_EFFECTIVE:g} or more" if metric.is_time else ""
     explain(
         figure,
@@ -125,13 +131,15 @@ def sessions_figure(analysis: Analysis, group: Group, metric: Metric) -> Figure 
     return figure
 
 
-def differences_figure(analysis: Analysis, group: Group, metric: Metric) -> Figure | None:
+def differences_figure(
+    analysis: Analysis, group: Group, metric: Metric, width: float = WIDTH
+) -> Figure | None:
     """A forest plot: every comparison's difference and interval, the margin's band, the verdict's word."""
     rows = analysis.of(group, metric)
     if not any(math.isfinite(c.diff) for c in rows):
         return None
-    names = [row_name(c, group) for c in rows]
-    figure = blank(1.6 + len(names) * row_height(names))
+    names = [row_name(c, group, width) for c in rows]
+    figure = blank(1.6 + len(names) * row_height(names, width), width)
     axes = figure.subplots()
     axes.axvline(0, color=SOFT, linewidth=0.8, zorder=1)
     for row, c in enumerate(rows):
@@ -150,7 +158,7 @@ def differences_figure(analysis: Analysis, group: Group, metric: Metric) -> Figu
     paired = all(c.pairs for c in rows)
     sizes = [n for c in rows for n in ([c.pairs] if paired else [c.n_baseline, c.n_treatment])]
     counts = spoken(sizes, "pairs of sessions" if paired else "sessions an arm")
-    entitle(figure, group, f"{metric.name} against {group.baseline}", counts)
+    entitle(figure, group.title, f"{metric.name} against {group.baseline}", counts)
     margins = sorted(c.margin for c in rows if math.isfinite(c.margin))
     ends = dict.fromkeys(f"±{margin:.3g}" for margin in (*margins[:1], *margins[-1:]))
     explain(
@@ -165,13 +173,13 @@ def differences_figure(analysis: Analysis, group: Group, metric: Metric) -> Figu
     return figure
 
 
-def order_figure(analysis: Analysis, group: Group, metric: Metric) -> Figure | None:
+def order_figure(analysis: Analysis, group: Group, metric: Metric, width: float = WIDTH) -> Figure | None:
     """Times against launch order, a panel per arm; all panels span as many seconds, so drifts compare."""
     arms = arms_of(group)
     sizes = [arm.values(metric.name).size for arm in arms]
     if metric.is_until or not metric.is_time or not any(sizes):
         return None
-    figure = blank(1.2 + (1.4 if len(arms) <= 4 else 1.0) * len(arms))
+    figure = blank(1.2 + (1.4 if len(arms) <= 4 else 1.0) * len(arms), width)
     panels = figure.subplots(len(arms), sharex=True, squeeze=False)[:, 0]
     orders, words = launch_orders(arms)
     span = max(float(np.ptp(arm.values(metric.name))) for arm, n in zip(arms, sizes, strict=True) if n)
@@ -179,14 +187,16 @@ def order_figure(analysis: Analysis, group: Group, metric: Metric) -> Figure | N
         draw_order(axes, arm, metric, order, CYCLE[i % len(CYCLE)], span)
     panels[-1].set_xlabel(words)
     figure.supylabel(wrapped(with_unit(metric), 40), fontsize=9, color=INK)
-    entitle(figure, group, f"{with_unit(metric)} in the order of launch", spoken(sizes, "sessions an arm"))
+    entitle(
+        figure, group.title, f"{with_unit(metric)} in the order of launch", spoken(sizes, "sessions an arm")
+    )
     explain(
         figure, "Dashed: the arm's mean. All panels have one scale, each centred on its arm.", thinned(sizes)
     )
     return figure
 
 
-def reached_figure(analysis: Analysis, group: Group, metric: Metric) -> Figure | None:
+def reached_figure(analysis: Analysis, group: Group, metric: Metric, width: float = WIDTH) -> Figure | None:
     """What fraction of all sessions had reached the target when, a panel per treatment.
 
     Where training always ends at one time this is 1 − Kaplan–Meier; where ends scatter, Kaplan–Meier's curve
@@ -200,9 +210,9 @@ def reached_figure(analysis: Analysis, group: Group, metric: Metric) -> Figure |
         return None
     baseline = arms[group.baseline]
     shown = list(arms)[1:] or [group.baseline]
-    columns = 2 if len(shown) == 4 else min(3, len(shown))
+    columns = 2 if len(shown) == 4 else min(2 if width < NARROW else 3, len(shown))
     lines = math.ceil(len(shown) / columns)
-    figure = blank(1.4 + (2.6 if lines == 1 else 1.9) * lines)
+    figure = blank(1.4 + (2.6 if lines == 1 else 1.9) * lines, width)
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for i, axes in enumerate(panels):
         if i >= len(shown):
@@ -212,21 +222,24 @@ def reached_figure(analysis: Analysis, group: Group, metric: Metric) -> Figure |
         draw_steps(axes, baseline, BASELINE, "baseline")
         if shown[i] != group.baseline:
             draw_steps(axes, arms[shown[i]], TREATMENT, "treatment")
-        axes.set_title(f"{wrapped(shown[i])}\n{counted(arms[shown[i]])}", loc="left", fontsize=9, color=INK)
+        axes.set_title(
+            f"{wrapped(shown[i])}\n{counted(arms[shown[i]])}", loc="left", y=1.0, fontsize=9, color=INK
+        )
         if i >= len(shown) - columns:
             axes.tick_params(labelbottom=True)
             axes.set_xlabel("training time (s)" if metric.is_time else "epochs")
     panels[0].set(ylim=(-0.03, 1.03), xlim=(0, None))
     figure.supylabel("sessions that reached it (fraction)", fontsize=9, color=INK)
     what = f"{'time' if metric.is_time else 'epochs'} to test accuracy {metric.target:g}"
-    entitle(figure, group, what, spoken(sizes, "sessions an arm"))
+    entitle(figure, group.title, what, spoken(sizes, "sessions an arm"))
     grey = f"Grey: {group.baseline}, {counted(baseline)}." if len(arms) > 1 else ""
     missed = any(not arm.reached.all() for arm in arms.values())
     explain(figure, grey, "Circles: sessions that ended without it." if missed else "")
     return figure
 
 
-KINDS: Mapping[str, Callable[[Analysis, Group, Metric], Figure | None]] = {
+Draws = Callable[[Analysis, Group, Metric, float], Figure | None]
+KINDS: Mapping[str, Draws] = {
     "sessions": sessions_figure,
     "differences": differences_figure,
     "order": order_figure,
@@ -346,7 +359,7 @@ def draw_order(axes: Axes, arm: Arm, metric: Metric, order: Floats, color: str, 
     x, y = order[known], column[known]
     name = wrapped(arm.label, 60)
     if not y.size:
-        axes.set_title(f"{name}: no value", loc="left", fontsize=9, color=color)
+        axes.set_title(f"{name}: no value", loc="left", y=1.0, fontsize=9, color=color)
         axes.set_yticks([])
         return
     kept = evenly(y.size)
@@ -355,7 +368,7 @@ def draw_order(axes: Axes, arm: Arm, metric: Metric, order: Floats, color: str, 
               markersize=4 if y.size <= 100 else 2, label=arm.label)  # fmt: skip
     r = float(lag1(y))
     words = "no autocorrelation can be told" if math.isnan(r) else f"lag-1 autocorrelation {r:.2f}"
-    axes.set_title(f"{name}: {words}", loc="left", fontsize=9, color=color)
+    axes.set_title(f"{name}: {words}", loc="left", y=1.0, fontsize=9, color=color)
     if span > 0:
         middle = float(y.max() + y.min()) / 2
         axes.set_ylim(middle - 0.6 * span, middle + 0.6 * span)
@@ -378,14 +391,27 @@ def draw_steps(axes: Axes, arm: Reached, color: str, label: str) -> None:
         )
 
 
-def row_height(names: Sequence[str]) -> float:
-    """Inches for a row of points, or for the longest name."""
-    return max(0.52, 0.08 + 0.15 * max(name.count("\n") + 1 for name in names))
+def row_height(names: Sequence[str], width: float) -> float:
+    """Inches for a row of points, or for the longest name; in a narrow figure for both and the words."""
+    lines = max(name.count("\n") + 1 for name in names)
+    return 0.62 + 0.15 * lines if width < NARROW else max(0.52, 0.08 + 0.15 * lines)
 
 
-def blank(height: float) -> Figure:
-    """An empty figure so many inches tall."""
-    return Figure(figsize=(WIDTH, min(height, TALLEST)), dpi=DPI, layout="constrained", facecolor="white")
+def blank(height: float, width: float = WIDTH) -> Figure:
+    """An empty figure of this size in inches."""
+    return Figure(figsize=(width, min(height, TALLEST)), dpi=DPI, layout="constrained", facecolor="white")
+
+
+def is_narrow(axes: Axes) -> bool:
+    """Whether the figure is for a telephone."""
+    return axes.get_figure(root=True).get_figwidth() < NARROW  # type: ignore[union-attr]
+
+
+def name_in(width: float, *parts: str) -> str:
+    """A row's name: parts below each other, or in one line where that runs above the row."""
+    if width < NARROW:
+        return wrapped(" ".join(filter(None, parts)), 40)
+    return "\n".join(wrapped(part) for part in parts if part)
 
 
 def quiet(axes: Axes, grid: Literal["x", "y", "both"]) -> None:
@@ -410,10 +436,21 @@ def as_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.locator_params(axis="x", nbins=7)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0, labelsize=9)
+    if is_narrow(axes):
+        axes.set_yticks(range(len(names)), [""] * len(names))
+        axes.set_ylim(len(names) - 0.6, -1.0)
+        axes.locator_params(axis="x", nbins=5)
+        for row, name in enumerate(names):
+            above(axes, row, name, INK, line=1)
 
 
 def beside(axes: Axes, row: int, lines: Sequence[tuple[str, str]]) -> None:
-    """Words in their colours to the right of a row, the first of two in bold."""
+    """Words in their colours to the right of a row, the first of two in bold; where it is narrow, above."""
+    if is_narrow(axes):
+        above(axes, row, *lines[-1], line=0)
+        for text, color in lines[:-1]:
+            above(axes, row, text, color, line=1, right=True)
+        return
     for i, (text, color) in enumerate(lines):
         up = (len(lines) - 1) / 2 - i
         axes.annotate(text, (1.0, row), (10, 11 * up), xycoords=axes.get_yaxis_transform(),
@@ -421,16 +458,26 @@ def beside(axes: Axes, row: int, lines: Sequence[tuple[str, str]]) -> None:
                       fontweight="bold" if len(lines) > 1 and i == 0 else "normal")  # fmt: skip
 
 
-def entitle(figure: Figure, group: Group, what: str, counts: str) -> None:
+def above(axes: Axes, row: int, text: str, color: str, line: int, right: bool = False) -> None:
+    """A text above a row, so many lines up: on the left, or on the right in bold."""
+    axes.annotate(text, (float(right), row - 0.36), (0, 1 + 12 * line), xycoords=axes.get_yaxis_transform(),
+                  textcoords="offset points", va="bottom", ha="right" if right else "left", fontsize=8.5,
+                  color=color, fontweight="bold" if right else "normal")  # fmt: skip
+
+
+def entitle(figure: Figure, group: str, what: str, counts: str) -> None:
     """The title: what is shown, of which group, and n."""
-    words = ", ".join(filter(None, [group.title, f"{what} ({counts})"]))
-    figure.suptitle(wrapped(words, 88), x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
+    words = ", ".join(filter(None, [group, f"{what} ({counts})"]))
+    shown = wrapped(words, int(11 * figure.get_figwidth()))
+    title = figure.suptitle(shown, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
+    title.set(gid="title", label=words)
 
 
 def explain(figure: Figure, *sentences: str) -> None:
     """How to read it, below."""
-    text = wrapped(" ".join(filter(None, sentences)), 130)
-    figure.supxlabel(text, x=0.01, ha="left", fontsize=8, color=SOFT)
+    words = " ".join(filter(None, sentences))
+    shown = wrapped(words, int(16 * figure.get_figwidth()))
+    figure.supxlabel(shown, x=0.01, ha="left", fontsize=8, color=SOFT).set(gid="caption", label=words)
 
 
 def wrapped(text: str, width: int = 28) -> str:
@@ -483,8 +530,7 @@ def difference_words(c: Comparison, metric: Metric) -> str:
     return f"{signed(c.diff, places)}, " + (between(c, places) if has_interval(c) else "no interval")
 
 
-def row_name(c: Comparison, group: Group) -> str:
+def row_name(c: Comparison, group: Group, width: float) -> str:
     """The treatment, the baseline where it is another, and whether they are one op twice."""
     against = "" if c.baseline == group.baseline else f"against {c.baseline}"
-    parts = [c.treatment, against, "(A/A control)" if c.control else ""]
-    return "\n".join(wrapped(part) for part in parts if part)
+    return name_in(width, c.treatment, against, "(A/A control)" if c.control else "")

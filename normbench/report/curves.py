@@ -1,0 +1,86 @@
+"""Learning curves: every arm's sessions over the epochs, as median, middle and range."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from normbench.report.panels import Floats, banded, below, grid
+from normbench.report.study import ArmFiles
+from normbench.stats.figures import SOFT, entitle, explain, spoken
+
+SHOWN = {"test_acc": "test accuracy (fraction)", "val_acc": "validation accuracy (fraction)",
+         "train_loss": "training loss (nats)"}  # fmt: skip
+QUANTILES = (0.0, 0.2, 0.5, 0.8, 1.0)
+Curves = Mapping[str, pd.DataFrame]
+
+
+def read_curves(arms: Sequence[ArmFiles], notices: list[str]) -> Curves:
+    """arm → the rows of all its sessions' epochs.csv, those that run too; a file that is none is a notice."""
+    found = {}
+    for arm in arms:
+        tables = [table for folder in arm.sessions if (table := read_one(folder, notices)) is not None]
+        found[arm.label] = pd.concat(tables) if tables else pd.DataFrame(columns=["epoch", *SHOWN])
+    return found
+
+
+def read_one(folder: Path, notices: list[str]) -> pd.DataFrame | None:
+    """One session's epochs as numbers, without a row that is being written; None where there is none."""
+    try:
+        text = (folder / "epochs.csv").read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        table = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1]))
+        wanted = ["epoch", *(column for column in SHOWN if column in table)]
+        table = table[wanted].astype(float)
+    except (ValueError, KeyError, pd.errors.ParserError) as error:
+        notices.append(f"{folder / 'epochs.csv'} cannot be read: {str(error).splitlines()[0]}")
+        return None
+    return table.assign(session=folder.name) if len(table) else None
+
+
+def quantiles_of(table: pd.DataFrame, column: str) -> tuple[Floats, Floats]:
+    """Epochs, and of each the sessions' quantiles: (epochs,) and (epochs, 5)."""
+    if column not in table:
+        return np.empty(0), np.empty((0, len(QUANTILES)))
+    values = table[np.isfinite(table[column])]
+    by_epoch = values.groupby("epoch")[column].quantile(list(QUANTILES)).unstack()
+    return by_epoch.index.to_numpy(float), by_epoch.to_numpy(float).reshape(-1, len(QUANTILES))
+
+
+def curves_figure(curves: Curves, column: str, title: str, width: float) -> Figure | None:
+    """A panel per arm, the first arm's median in each; None where no session has the column."""
+    lines = {arm: quantiles_of(table, column) for arm, table in curves.items()}
+    shown = {arm: line for arm, line in lines.items() if line[0].size}
+    if not shown:
+        return None
+    figure, panels = grid(list(shown), width)
+    first, (x0, y0) = next(iter(shown.items()))
+    for axes, (arm, (x, y)) in zip(panels, shown.items(), strict=True):
+        place = list(curves).index(arm)
+        banded(axes, x, y[:, 2], [(y[:, 0], y[:, 4]), (y[:, 1], y[:, 3])], place)
+        if arm != first:
+            axes.plot(x0, y0[:, 2], color=SOFT, linewidth=1, linestyle=(0, (3, 2)))
+    if column.endswith("_loss"):
+        lowest = min(float(y.min()) for _, y in shown.values())
+        if lowest > 0:
+            panels[0].set_yscale("log")
+    below(figure, panels, "epoch")
+    sizes = [curves[arm]["session"].nunique() for arm in shown]
+    entitle(figure, title, f"{SHOWN[column]} over the epochs", spoken(sizes, "sessions an arm"))
+    grey = f" Dashed: the median of {first}." if len(shown) > 1 else ""
+    explain(figure, f"Line: median of the sessions; darker band: the middle 60 %; paler: all of them.{grey}",
+            "The scale is logarithmic." if panels[0].get_yscale() == "log" else "")  # fmt: skip
+    return figure
+
+
+def curves_words(curves: Curves, column: str) -> str:
+    """Where the curves end, in words."""
+    ends = {arm: y[-1] for arm, table in curves.items() if (y := quantiles_of(table, column)[1]).size}
+    return "At the last epoch: " + "; ".join(
+        f"{arm} median {y[2]:.4g}, {y[0]:.4g} to {y[4]:.4g}" for arm, y in ends.items()
+    )

@@ -1,0 +1,89 @@
+"""The sentence that a report opens with: every arm under its verdict."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from normbench.stats.analysis import Analysis, Group
+from normbench.stats.comparison import Comparison
+from normbench.stats.metrics import Metric
+from normbench.stats.tables import some
+from normbench.stats.verdicts import DIFFERENT, EQUIVALENT, INCONCLUSIVE, NOT_COMPARABLE
+
+ORDER = (DIFFERENT, EQUIVALENT, INCONCLUSIVE, NOT_COMPARABLE)
+SPELT_OUT = 6  # groups × metrics; of more only the numbers of arms are said
+WORDS = {"test_acc": "test accuracy", "epoch_time_s": "time per epoch", "total_time_s": "time per session",
+         "test_loss": "test loss", "peak_memory_mib": "peak memory"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Said:
+    """One verdict and the arms that have it, in words."""
+
+    verdict: str
+    within: str
+    arms: str
+
+
+@dataclass(frozen=True)
+class Clause:
+    """What is said of one metric of one group: `In test accuracy against obn`, verdict by verdict."""
+
+    opening: str
+    said: Sequence[Said]
+
+    def __str__(self) -> str:
+        return f"{self.opening} " + ", ".join(f"{s.verdict}{s.within}: {s.arms}" for s in self.said)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The finding: a warning that comes first where an A/A control differs, then the clauses."""
+
+    warning: str
+    clauses: Sequence[Clause]
+
+    def __str__(self) -> str:
+        text = "; ".join(map(str, self.clauses))
+        return f"{self.warning} {text}.".strip() if text else "No arm is compared with another."
+
+
+def finding_of(analysis: Analysis) -> Finding:
+    """The finding of an analysis, verdicts as `stats` gave them."""
+    tables = [(g, m, rows) for g in analysis.groups for m in analysis.metrics if (rows := analysis.of(g, m))]
+    brief = len(tables) > SPELT_OUT
+    clauses = [clause(group, metric, rows, brief) for group, metric, rows in tables]
+    differ = [f"{c.baseline} and {c.treatment} in {c.metric}" for c in analysis.distrusted]
+    warning = f"Trust no verdict here: one op under two names differs ({some(differ)})." if differ else ""
+    return Finding(warning, clauses)
+
+
+def clause(group: Group, metric: Metric, rows: Sequence[Comparison], brief: bool) -> Clause:
+    """One table as part of a sentence."""
+    where = f"{group.title}: " if group.title else ""
+    what = WORDS.get(metric.name, metric.name)
+    said = []
+    for verdict in ORDER:
+        if alike := [c for c in rows if c.verdict == verdict]:
+            names = some([spoken(c, group, metric) for c in alike])
+            arms = f"{len(alike)} of {len(rows)} arms" if brief else names
+            said.append(Said(verdict, within(alike), arms))
+    return Clause(f"{where}{what} against {group.baseline}:", said)
+
+
+def within(alike: Sequence[Comparison]) -> str:
+    """`within ±0.005` where that is what makes them equivalent."""
+    margins = sorted({c.margin for c in alike if c.verdict == EQUIVALENT and not c.identical})
+    return f" within ±{' and ±'.join(f'{m:.3g}' for m in margins)}" if margins else ""
+
+
+def spoken(c: Comparison, group: Group, metric: Metric) -> str:
+    """`gn (+0.012)`, `mbn (identical)`, `nn` where no number is worth saying."""
+    name = c.treatment if c.baseline == group.baseline else f"{c.treatment} against {c.baseline}"
+    if c.identical:
+        return f"{name} (identical)"
+    if c.verdict != DIFFERENT or not math.isfinite(c.diff):
+        return name
+    unit = " s" if metric.name.endswith("_s") else " MiB" if metric.name.endswith("_mib") else ""
+    amount = f"{c.diff:+.2g}".replace("-", "−")
+    return f"{name} ({amount}{unit})"

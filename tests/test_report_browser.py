@@ -1,0 +1,139 @@
+"""The report in a real browser: Debian's Chromium, driven by Playwright; without network, from disk."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from studies import make_study, warn, write_profile, write_traces
+from test_report import Runner, hostile_study, report  # noqa: F401  (a fixture)
+
+CHROMIUM = shutil.which("chromium")
+if CHROMIUM is None and not os.environ.get("CI"):
+    pytest.skip("Debian's chromium is not installed", allow_module_level=True)
+playwright = pytest.importorskip("playwright.sync_api") if not os.environ.get("CI") else None
+from playwright.sync_api import Browser, Page, sync_playwright  # noqa: E402
+
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+VISIBLE = """() => [...document.querySelectorAll("figure")].map((figure) => {
+  const shown = [...figure.querySelectorAll("svg")].filter((svg) => svg.getClientRects().length);
+  const box = shown.length ? shown[0].getBoundingClientRect() : { width: 0, height: 0 };
+  return [shown.length, box.width, box.height, shown.length ? shown[0].getAttribute("aria-label") : ""];
+})"""
+OVERFLOW = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
+CELLS = """(column) => [...document.querySelector("#comparison table").tBodies[0].rows]
+  .map((row) => row.cells[column].textContent.trim())"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    assert CHROMIUM, "CI needs Debian's chromium: .ci/run installs it"
+    with sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def full(report: Runner) -> Path:  # noqa: F811
+    """The report of a study with everything in it."""
+    study = make_study(
+        Path("outputs"), {"obn": 0, "mbn-stride2": 0.0005, "gn": -0.01}, 10, question="Is it so?"
+    )
+    for session in study.glob("*/s0"):
+        write_traces(session)
+    warn(next(study.glob("gn-*/s0")), "never moved: layer1.gate")
+    write_profile(study / "profile" / "one", ["obn", "mbn-stride2", "gn"], layers=4)
+    report(study, "--margin", "test_acc=0.005")
+    return (study / "report.html").resolve()
+
+
+def opened(browser: Browser, file: Path, width: int = 1440, scheme: str = "light") -> tuple[Page, list[str]]:
+    """The page as a person opens it from disk, and everything that it should not do."""
+    wrongs: list[str] = []
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
+    page.on("console", lambda message: wrongs.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: wrongs.append(str(error)))
+    page.on("dialog", lambda dialog: (wrongs.append("a dialog"), dialog.dismiss()))
+    page.on("request", lambda request: request.url == file.as_uri() or wrongs.append(request.url)
+            if not request.url.startswith("data:") else None)  # fmt: skip
+    page.goto(file.as_uri())
+    return page, wrongs
+
+
+@pytest.mark.slow
+def test_a_browser_shows_all_of_it(browser: Browser, full: Path) -> None:
+    for width in (390, 1440):
+        page, wrongs = opened(browser, full, width)
+        figures = page.evaluate(VISIBLE)
+        assert len(figures) >= 14
+        for shown, wide, high, alt in figures:
+            assert shown == 1 and 200 < wide <= width and high > 100 and len(alt) > 20
+        assert page.evaluate(OVERFLOW) <= 0
+        page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+        assert page.evaluate(OVERFLOW) <= 0 and wrongs == []
+        page.close()
+
+
+@pytest.mark.slow
+def test_tables_sort_by_pointer_and_keyboard(browser: Browser, full: Path) -> None:
+    page, wrongs = opened(browser, full)
+    heads = page.locator("#comparison table").first.locator("th")
+    named = {heads.nth(i).inner_text().strip(" ↕↑↓"): i for i in range(heads.count())}
+    mean = heads.nth(named["mean"])
+    assert page.evaluate(CELLS, 0) == ["obn", "gn", "mbn-stride2"] and mean.get_attribute("aria-sort") is None
+    mean.locator("button").click()
+    up = [float(text) for text in page.evaluate(CELLS, named["mean"])]
+    assert up == sorted(up) and mean.get_attribute("aria-sort") == "ascending"
+    mean.locator("button").press("Enter")
+    down = [float(text) for text in page.evaluate(CELLS, named["mean"])]
+    assert down == up[::-1] and mean.get_attribute("aria-sort") == "descending"
+    heads.nth(named["diff"]).locator("button").click()  # the baseline has none, and stays last
+    assert page.evaluate(CELLS, 0) == ["gn", "mbn-stride2", "obn"]
+    assert mean.get_attribute("aria-sort") is None and wrongs == []
+    page.close()
+
+
+@pytest.mark.slow
+def test_dark_light_and_print(browser: Browser, full: Path) -> None:
+    seen = {}
+    for scheme in ("light", "dark"):
+        page, _ = opened(browser, full, scheme=scheme)
+        ink = "getComputedStyle(document.querySelector('figure svg.wide text')).fill"
+        seen[scheme] = (page.evaluate("getComputedStyle(document.body).backgroundColor"), page.evaluate(ink))
+        if scheme == "dark":
+            page.emulate_media(media="print", color_scheme="dark")
+            assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+            assert page.locator("nav").is_hidden()
+            assert page.pdf(format="A4").startswith(b"%PDF")
+            assert page.evaluate("[...document.querySelectorAll('details')].every((each) => each.open)")
+        page.close()
+    assert seen["light"][0] != seen["dark"][0] and seen["light"][1] != seen["dark"][1]
+
+
+@pytest.mark.slow
+def test_hostile_names_do_nothing_in_a_browser(browser: Browser, report: Runner) -> None:  # noqa: F811
+    study = hostile_study()
+    report(study)
+    for width in (390, 1440):
+        page, wrongs = opened(browser, (study / "report.html").resolve(), width)
+        assert wrongs == [] and page.locator("img").count() == 0 and page.locator("script").count() == 1
+        assert "<script>alert" in page.locator("h1").inner_text()
+        assert "onerror" in page.locator("#comparison").inner_text() and page.evaluate(OVERFLOW) <= 0
+        page.close()
+
+
+@pytest.mark.slow
+def test_only_a_watched_page_loads_itself_anew(browser: Browser, full: Path) -> None:
+    text = full.read_text()
+    full.write_text(text.replace('<html lang="en">', '<html lang="en" data-reload="0.2">'))
+    page, wrongs = opened(browser, full)
+    full.write_text(text.replace("Is it so?", "It is so."))
+    page.wait_for_function("document.querySelector('h1').textContent === 'It is so.'", timeout=20_000)
+    page.evaluate("window.kept = true")
+    page.wait_for_timeout(600)
+    assert page.evaluate("window.kept") and wrongs == []
+    page.close()
