@@ -74,10 +74,10 @@ def by_rank(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     if frame.empty:
         return {}
     rank = frame.groupby("layer")["channel"].rank("dense").astype(int)
+    same = bool((frame.groupby(rank)["channel"].nunique() == 1).all())
     lines = {}
     for place in spread(sorted(rank.unique()), MOST_LINES):
         own = frame[rank == place]
-        same = own["channel"].nunique() == 1
         lines[f"channel {own['channel'].iloc[0]}" if same else f"traced channel {place}"] = own
     return lines
 

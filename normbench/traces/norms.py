@@ -134,9 +134,8 @@ class NormWatch:
         self.whole = []
         for name, layer in self.layers.items():
             seen = {key: value for key, value in self.seen(name, layer, scale) if value is not None}
-            if not seen:
-                continue
-            values = torch.stack([value.reshape(-1).float() for value in seen.values()])
+            flat = [value.reshape(-1).float() for value in seen.values()]
+            values = torch.stack(flat) if flat else torch.empty(0)
             values = values.view(len(seen), self.seats, self.widths[name])
             self.whole.append(Sample(*self.now, name, list(seen), list(range(self.widths[name])), values))
             if name not in self.places:
