@@ -15,7 +15,7 @@ def normbench(*arguments: str, **environment: str) -> subprocess.CompletedProces
 
 def test_help_lists_the_doors() -> None:
     said = normbench().stdout
-    assert all(f"\n  {door} " in said for door in ("train", "audit", "bench", "stats", "status", "results"))
+    assert all(f"\n  {door} " in said for door in ("train", "audit", "bench", "stats", "traces", "status", "results"))
 
 
 def test_a_wrong_door_is_one_line() -> None:
@@ -23,15 +23,15 @@ def test_a_wrong_door_is_one_line() -> None:
     assert done.returncode == 2 and done.stdout == ""
     assert (
         done.stderr == "normbench: no door 'trian'; did you mean 'train'?; "
-        "there are train, audit, bench, stats, status, results\n"
+        "there are train, audit, bench, stats, traces, status, results\n"
     )
 
 
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("normbench ", ["train", "audit", "bench", "stats", "status", "results"]),
-        ("normbench tr", ["train"]),
+        ("normbench ", ["train", "audit", "bench", "stats", "traces", "status", "results"]),
+        ("normbench tr", ["train", "traces"]),
         ("normbench train norm=gh", ["norm=ghost"]),
         ("normbench audit norm=gh", ["norm=ghost"]),
         ("normbench audit norm=mbn norm.str", ["norm.stride="]),
@@ -77,7 +77,8 @@ DEAR = {"torch", "torchvision", "sklearn", "scipy", "statsmodels", "matplotlib",
     [("train --help", 0), ("train epoch=3", 2), ("train norm=xyz", 2), ("train optim.lr=-1", 2),
      ("train batch=bs3", 2), ("audit --help", 0), ("audit norm=xyz", 2), ("stats --help", 0),
      ("stats nowhere", 2), ("status --help", 0), ("status nowhere", 2), ("results nowhere", 2),
-     ("worker nowhere", 2)],
+     ("worker nowhere", 2), ("traces --help", 0), ("traces nowhere", 2), ("train trace=norm", 2),
+     ("train traces.channels=0", 2)],
 )  # fmt: skip
 def test_help_and_mistakes_import_nothing_dear(command: str, code: int, tmp_path: Path) -> None:
     # on an idle machine each answers in under a second; torch alone takes two
