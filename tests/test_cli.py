@@ -15,7 +15,9 @@ def normbench(*arguments: str, **environment: str) -> subprocess.CompletedProces
 
 def test_help_lists_the_doors() -> None:
     said = normbench().stdout
-    assert all(f"\n  {door} " in said for door in ("train", "audit", "bench", "stats", "traces", "status", "results"))
+    assert all(
+        f"\n  {door} " in said for door in ("train", "audit", "bench", "stats", "traces", "status", "results")
+    )
 
 
 def test_a_wrong_door_is_one_line() -> None:
