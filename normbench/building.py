@@ -78,6 +78,10 @@ def check_builds(config: Config) -> None:
         if str(config.norm["_target_"]).startswith("normbench."):
             raise
         raise Refused(f"{chosen}: {type(error).__name__}: {error}") from error
+    if config.trace:
+        from normbench.traces import choosing  # which needs what is here
+
+        choosing.check(model, config.trace, config.traces)
     channels, *size = options.shape
     if config.pack:
         from normbench.packing import packed  # which needs what is here

@@ -6,7 +6,7 @@ the kind that stands there; `RULES` adds the ranges. Nothing here imports torch:
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from normbench import ranks
 from normbench.data.options import DatasetOptions
-from normbench.rules import RULES, Every, Interval, every, interval
+from normbench.rules import RULES, Every, Interval, every, interval, trace
 from normbench.values import Refused, closest, nearest, one_of
 
 Values = dict[str, Any]
@@ -71,6 +71,8 @@ class Config:
     save_model: bool
     checkpoint: Values
     pack: int | None = None
+    trace: list[str] = field(default_factory=list)
+    traces: Values = field(default_factory=dict)
 
     @property
     def checkpoint_every(self) -> Every | None:
@@ -85,6 +87,7 @@ class Config:
         unit = "steps" if values["steps"] is not None else "epochs"
         known["eval_every"] = interval("eval_every", values["eval_every"], unit)
         known["norm"] = norm_that_runs(values)
+        known["trace"] = trace("trace", values.get("trace"))
         return cls(choices=choices, **known)
 
 

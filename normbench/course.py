@@ -19,6 +19,7 @@ from normbench.packing import own
 from normbench.progress import SessionProgress
 from normbench.results import EpochRow, EpochTable, Outcome
 from normbench.scalars import Scalars
+from normbench.traces.writing import SessionTraces
 
 if TYPE_CHECKING:
     from normbench.training import Prepared
@@ -105,6 +106,7 @@ class Run:
     course: Course
     table: EpochTable
     scalars: Scalars
+    traces: SessionTraces
     checkpoints: Checkpoints
     outcome: Outcome | None = None
     weights: dict[str, Tensor] | None = None

@@ -20,6 +20,7 @@ OUTSIDE = {
     *("config_hash", "choices"),  # config.yaml's own
     "stride",  # folded into norm.stride
     *("threads", "cuda_graph", "data_dir", "out", "tensorboard", "save_model", "checkpoint"),
+    *("trace", "traces"),
     *("retry_failed", "fail_fast", "stop_when_decided", "margin"),
     *("dataset.download", "dataset.workers", "dataset.cache"),
 }

@@ -17,7 +17,10 @@ from normbench.graphed import GraphedStep, why_not
 from normbench.manifest import Observation, idle_options, kernels_of, observe
 from normbench.optim import Schedule, make_optimizer
 from normbench.packing import PackedDropout, of_one, own_models, packed
+from normbench.rules import interval
 from normbench.seeds import Seeds
+from normbench.traces.features import FeatureWatch
+from normbench.traces.norms import NormWatch
 from normbench.training import (
     Prepared,
     autocast,
@@ -75,9 +78,28 @@ def prepare(config: Config) -> Prepared:
         first_scale=scaler.state_dict(),
         observation=Observation({}),
     )
+    watch(ready)
     with settings_of(config, device):
         look(ready)
     return ready
+
+
+def watch(ready: Prepared) -> None:
+    """What traces look at. A compiled model calls no hooks: what layers measure and hand on stays unseen."""
+    config, data, hooked = ready.config, ready.data, not ready.config.compile
+    if "norms" in config.trace and ranks.first():
+        ready.norm_watch = NormWatch(
+            ready.model,
+            ready.models[0],
+            config.traces,
+            every=interval("traces.every", config.traces["every"], "steps"),
+            steps_per_epoch=data.train.steps_per_epoch,
+            seats=len(ready.models),
+            hooked=hooked,
+        )
+    if "features" in config.trace:
+        images = (data.val or data.test).num_samples
+        ready.feature_watch = FeatureWatch(ready.models[0], config.traces, hooked=hooked, images=images)
 
 
 def check_device(config: Config) -> None:

@@ -12,6 +12,7 @@ from normbench.values import (
     flag,
     fraction,
     int_from,
+    nearest,
     number_from,
     one_of,
     positive_int,
@@ -102,6 +103,39 @@ def layer_choice(key: str, value: Any) -> Any:
     return value if isinstance(value, list) else one_of(key, value, named)
 
 
+TRACES = ("norms", "features")
+
+
+def trace(key: str, value: Any) -> list[str]:
+    """norms, features, or a list of them; null is none."""
+    names = [] if value is None else value if isinstance(value, list) else [value]
+    for name in names:
+        if name not in TRACES:
+            there = "norms, features or [norms,features]"
+            raise ValueError(f"{key} must be {there}, got {name!r}{nearest(name, TRACES)}")
+    return [name for name in TRACES if name in names]
+
+
+def names_or_all(key: str, value: Any) -> Any:
+    """all, a name, or a list of names."""
+    items = value if isinstance(value, list) else [value]
+    if not items or not all(isinstance(item, str) and item for item in items):
+        raise ValueError(f"{key} must be all or a list of names like [first,last], got {value!r}")
+    if "all" in items and len(items) > 1:
+        raise ValueError(f"{key} must be all alone or a list without it, got {value!r}")
+    return items
+
+
+def channels(key: str, value: Any) -> Any:
+    """all, how many, or a list of numbers from 0, where -1 is the last."""
+    if isinstance(value, list) and value:
+        if all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+            return value
+    elif value == "all" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"{key} must be all, a count ≥ 1 or a list like [0,-1], got {value!r}")
+
+
 SUITES = ("layer", "step", "loader", "naive", "pack", "startup", "sweep", "session")  # of bench
 
 
@@ -132,6 +166,11 @@ RULES: dict[str, Rule] = {
     "backend": optional(either("aot_eager", "inductor")),
     "margin": optional(margin),
     "checkpoint.every": optional(every),
+    "trace": trace,
+    "traces.every": partial(interval, unit="steps"),
+    "traces.layers": names_or_all,
+    "traces.channels": channels,
+    "traces.features": names_or_all,
     "batch.size": positive_int,
     "batch.micro": optional(positive_int),
     "batch.eval_size": positive_int,

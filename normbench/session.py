@@ -29,6 +29,7 @@ from normbench.progress import SessionProgress
 from normbench.results import COLUMNS, EpochTable, Outcome, Row, finite, git_commit
 from normbench.scalars import Scalars
 from normbench.seeds import Seeds
+from normbench.traces.writing import SessionTraces
 from normbench.training import Prepared, settings_of, start, train, warm_up
 
 
@@ -141,14 +142,15 @@ def run_group(ready: Prepared, group: Sequence[Claimed], courses: Sequence[Cours
             path = each.folder / "epochs.csv" if each.claim else Path(os.devnull)
             table = stack.enter_context(contextlib.closing(EpochTable(path, course.rows)))
             folder = each.folder / "tb" if config.tensorboard and each.claim else None
-            scalars = stack.enter_context(contextlib.closing(Scalars(folder)))
-            runs.append(Run(each.title, course, table, scalars, checkpoints))
+            scalars = stack.enter_context(contextlib.closing(Scalars(folder, course.step)))
+            scalars.begin(each.row)
+            folder = each.folder / "traces" if each.claim else None
+            traces = SessionTraces(folder, config.trace, course.step, scalars, each.seat)
+            stack.enter_context(contextlib.closing(traces))
+            runs.append(Run(each.title, course, table, scalars, traces, checkpoints))
         progress = stack.enter_context(SessionProgress(title, ready.total_steps, quiet))
         if step:
             progress.skip(step)
-            for run in runs:
-                for earlier in run.course.rows:
-                    run.scalars.write(earlier)
         open_runs = runs
         while open_runs:
             train(ready, seeds, open_runs, progress)
@@ -180,6 +182,7 @@ def finish(ready: Prepared, each: Claimed, run: Run) -> None:
         folder / "session.json",
         finite({"row": row, "images": images, "manifest": manifest, "config": values}),
     )
+    run.scalars.end(row, outcome.rows[-1].step)
     (folder / "failure.json").unlink(missing_ok=True)
     if not config.checkpoint["keep"]:
         run.checkpoints.remove()

@@ -32,6 +32,8 @@ from normbench.plan import utc_now
 from normbench.progress import SessionProgress
 from normbench.results import EpochRow
 from normbench.seeds import Seeds
+from normbench.traces.features import FeatureWatch
+from normbench.traces.norms import NormWatch
 
 WARMUP_STEPS = 3
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,6 +63,8 @@ class Prepared:
     observation: Observation
     graphed: GraphedStep | None = None  # the training step from recordings, on CUDA
     not_graphed: str | None = None  # why there is none, where one was possible
+    norm_watch: NormWatch | None = None  # with trace=norms
+    feature_watch: FeatureWatch | None = None  # with trace=features
     held: int = 0  # bytes that are no session's own: what the process held before the warm-up
 
 
@@ -105,7 +109,9 @@ def warm_up(ready: Prepared, *seeds: Seeds) -> None:
     for step, (x, y) in enumerate(itertools.islice(batches, WARMUP_STEPS)):
         interrupt.obey()
         ready.schedule.apply(ready.optimizer, step)
-        train_step(ready, x, y)
+        with watched(ready, 1, step + 1):
+            train_step(ready, x, y)
+    forget(ready)
 
 
 def train(ready: Prepared, seeds: Sequence[Seeds], runs: Sequence[Run], progress: SessionProgress) -> None:
@@ -125,6 +131,7 @@ def train(ready: Prepared, seeds: Sequence[Seeds], runs: Sequence[Run], progress
     totals, done, boundary = runs[0].course.totals, runs[0].course.step, ranks.Boundary()
     started = time.perf_counter()
     began = {run.course.seat: started - run.course.elapsed_s for run in runs}
+    forget(ready)
 
     def due(epoch_ended: int | None) -> bool:
         return any(run.checkpoints.due(epoch_ended) for run in runs)
@@ -133,7 +140,9 @@ def train(ready: Prepared, seeds: Sequence[Seeds], runs: Sequence[Run], progress
         course.step, course.elapsed_s = step, time.perf_counter() - began[course.seat]
 
     def save(step: int) -> None:
-        for run in still_ours(runs):
+        ours = still_ours(runs)
+        write_norms(ready, ours)
+        for run in ours:
             note(run.course, step)
             body = run.course.body(ready)
             if ranks.first():
@@ -150,7 +159,8 @@ def train(ready: Prepared, seeds: Sequence[Seeds], runs: Sequence[Run], progress
         lr = ready.schedule.apply(ready.optimizer, step - 1)
         images = data.train.images_in((step - 1) % steps_per_epoch)
         numbers = [own_seeds.number("forward", epoch, step) for own_seeds in seeds]
-        totals.add(*train_step(ready, x, y, images, *numbers), y)
+        with watched(ready, epoch, step):
+            totals.add(*train_step(ready, x, y, images, *numbers), y)
         progress.step(images)
         ended = None if step % steps_per_epoch else epoch
         if step % row_steps and step < ready.total_steps:
@@ -169,12 +179,13 @@ def train(ready: Prepared, seeds: Sequence[Seeds], runs: Sequence[Run], progress
         if evaluated:
             seats = [run.course.seat for run in evaluated]
             eval_clock.start()
-            val = evaluate(ready, data.val, seats) if data.val else {}
-            test = evaluate(ready, data.test, seats)
+            val = evaluate(ready, data.val, seats, watched=True) if data.val else {}
+            test = evaluate(ready, data.test, seats, watched=not data.val)
             eval_clock.stop()
         train_time_s, eval_time_s = clock.lap(), eval_clock.lap() if evaluated else None
         peak_mib = (machine.peak_memory(ready.device) - ready.held) / 2**20
         runs = still_ours(runs)
+        write_norms(ready, runs, histograms=True)
         for run in runs:
             course, mean = run.course, means[run.course.seat]
             own_val, own_test = val.get(course.seat), test.get(course.seat)
@@ -195,6 +206,9 @@ def train(ready: Prepared, seeds: Sequence[Seeds], runs: Sequence[Run], progress
                 finished_at=utc_now(),
             )
             run.write(row, progress)
+            if ready.feature_watch and evaluated:
+                part = "val" if data.val else "test"
+                run.traces.features(row, part, *ready.feature_watch.found(course.seat))
             if own_test:
                 course.selection.consider(row, own_test, ready.models[course.seat])
             if run in ending:
@@ -209,6 +223,30 @@ def train(ready: Prepared, seeds: Sequence[Seeds], runs: Sequence[Run], progress
                 note(run.course, step)
             return
         clock.start()
+
+
+@contextlib.contextmanager
+def watched(ready: Prepared, epoch: int, step: int) -> Iterator[None]:
+    """Around a training step that may be traced."""
+    with ready.norm_watch.step(epoch, step) if ready.norm_watch else contextlib.nullcontext():
+        yield
+
+
+def forget(ready: Prepared) -> None:
+    """Drop what was traced of steps that no session keeps."""
+    if ready.norm_watch:
+        ready.norm_watch.clear()
+
+
+def write_norms(ready: Prepared, runs: Sequence[Run], histograms: bool = False) -> None:
+    """Bring what was traced since into the sessions' files; off the clock."""
+    if ready.norm_watch is None:
+        return
+    samples, whole = ready.norm_watch.drain()
+    for run in runs:
+        run.traces.norms(samples)
+        if histograms:
+            run.traces.whole_norms(whole)
 
 
 def bytes_of(ready: Prepared) -> int:
@@ -243,9 +281,12 @@ def train_step(
         seeds: what dropout and sampling norms draw from, of every session (none: 0): each part of the batch
             from a number of its own.
     """
-    if ready.graphed is not None:
+    watch = ready.norm_watch if ready.norm_watch and ready.norm_watch.looking else None
+    if ready.graphed is not None and watch is None:  # a replay calls no hooks
         return ready.graphed(x, y, seeds[0] if seeds else 0)
     outputs = gradients_of(ready, x, y, images, seeds)
+    if watch is not None:
+        watch.take(ready.scaler.get_scale())
     update(ready)
     return outputs
 
@@ -304,10 +345,13 @@ def loss_of(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(ready: Prepared, part: EvalPart, seats: Sequence[int] = (0,)) -> dict[int, Evaluation]:
+def evaluate(
+    ready: Prepared, part: EvalPart, seats: Sequence[int] = (0,), watched: bool = False
+) -> dict[int, Evaluation]:
     """Loss and accuracy over a whole part in evaluation mode, by seat; every rank takes some of its batches.
 
     A pack evaluates each of its sessions' own models on its own: these batches are large enough.
+    `watched`: features are traced, where that is wanted.
     """
     share_buffers(ready)
     models = {seat: ready.models[seat] if ready.config.pack else ready.step_model for seat in seats}
@@ -315,12 +359,16 @@ def evaluate(ready: Prepared, part: EvalPart, seats: Sequence[int] = (0,)) -> di
     predictions: dict[int, list[Tensor]] = {seat: [] for seat in seats}
     for model in models.values():
         model.eval()
-    for x, y in part.batches(ranks.rank(), ranks.size()):
-        for seat, model in models.items():
-            with autocast(ready):
-                logits = model(x)
-            losses[seat].append(F.cross_entropy(widen(logits), y, reduction="sum").double())
-            predictions[seat].append(logits.argmax(1))
+    watch = ready.feature_watch if watched else None
+    with watch.over({seat: ready.models[seat] for seat in seats}) if watch else contextlib.nullcontext():
+        for x, y in part.batches(ranks.rank(), ranks.size()):
+            for seat, model in models.items():
+                with autocast(ready):
+                    logits = model(x)
+                losses[seat].append(F.cross_entropy(widen(logits), y, reduction="sum").double())
+                predictions[seat].append(logits.argmax(1))
+                if watch:
+                    watch.logits(seat, logits)
     for model in models.values():
         model.train()
     return {seat: joined(part, losses[seat], predictions[seat]) for seat in seats}

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from normbench.__main__ import DOORS
+
 
 def normbench(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "normbench", *arguments]
@@ -15,26 +17,20 @@ def normbench(*arguments: str, **environment: str) -> subprocess.CompletedProces
 
 def test_help_lists_the_doors() -> None:
     said = normbench().stdout
-    assert all(
-        f"\n  {door} " in said
-        for door in ("train", "audit", "bench", "stats", "status", "predict", "results")
-    )
+    assert all(f"\n  {door} " in said for door in DOORS)
 
 
 def test_a_wrong_door_is_one_line() -> None:
     done = normbench("trian")
     assert done.returncode == 2 and done.stdout == ""
-    assert (
-        done.stderr == "normbench: no door 'trian'; did you mean 'train'?; "
-        "there are train, audit, bench, stats, status, predict, results\n"
-    )
+    assert done.stderr == f"normbench: no door 'trian'; did you mean 'train'?; there are {', '.join(DOORS)}\n"
 
 
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("normbench ", ["train", "audit", "bench", "stats", "status", "predict", "results"]),
-        ("normbench tr", ["train"]),
+        ("normbench ", list(DOORS)),
+        ("normbench tr", ["train", "traces"]),
         ("normbench train norm=gh", ["norm=ghost"]),
         ("normbench audit norm=gh", ["norm=ghost"]),
         ("normbench audit norm=mbn norm.str", ["norm.stride="]),
@@ -82,7 +78,8 @@ DEAR = {"torch", "torchvision", "sklearn", "scipy", "statsmodels", "matplotlib",
      ("stats nowhere", 2), ("status --help", 0), ("status nowhere", 2), ("results nowhere", 2),
      ("predict --help", 0), ("predict nowhere --split test", 2), ("predict . --split test", 2),
      ("predict . --split tset", 2), ("predict . --dataset cifar --split test", 2),
-     ("worker nowhere", 2)],
+     ("worker nowhere", 2), ("traces --help", 0), ("traces nowhere", 2),
+     ("train trace=norm", 2), ("train traces.channels=0", 2)],
 )  # fmt: skip
 def test_help_and_mistakes_import_nothing_dear(command: str, code: int, tmp_path: Path) -> None:
     # on an idle machine each answers in under a second; torch alone takes two
