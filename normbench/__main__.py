@@ -13,11 +13,12 @@ DOORS = {
     "train": "train one session, or a sweep of them",
     "audit": "check one norm layer, yours included, against the contract",
     "bench": "how fast the layers, a step, the data, sweeps are: ratios with spread",
+    "profile": "what a model's norm layers cost, alone and inside the running step",
     "stats": "compare the arms of a study",
     "status": "what a sweep has done, is doing, has failed; time to go",
     "results": "rebuild results.csv from the sessions' own files",
 }
-HYDRA_DOORS = ("train", "audit", "bench")
+HYDRA_DOORS = ("train", "audit", "bench", "profile")
 
 
 def main() -> None:
