@@ -72,7 +72,7 @@ def folder_of(values: Values, choices: Mapping[str, str]) -> Path:
         while (above / name).exists():
             nth += 1
             name = f"{stem}-{nth}"
-    folder = above / name
+    folder: Path = above / name
     if folder.exists():
         raise Refused(f"name={name}: {folder} is there already; choose another name, or remove it")
     check_writable("out", values["out"], above)

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -86,13 +87,14 @@ def roofline(body: Body) -> Figure:
     """Bytes per second that layers alone have to move, over the size of their input, under a copy's."""
     figure = blank(4.6)
     axes = figure.subplots()
-    sizes = sorted(
-        (group["tensor_bytes"] / 2**20, *spread_of_rate(2 * group["tensor_bytes"], group["copy_s"]))
-        for group in body["alone"]
-    )
-    x, middle, low, high = (np.array(column) for column in zip(*sizes, strict=True))
-    axes.fill_between(x, low, high, color="#e4e4e4", linewidth=0)
-    axes.plot(x, middle, color=SOFT, linewidth=1.6, marker="_", markersize=9)
+    copies: dict[int, list[float]] = {}
+    for group in body["alone"]:
+        size = group["tensor_bytes"]
+        copies.setdefault(size, []).extend(2 * size / seconds / 1e9 for seconds in group["copy_s"])
+    sizes = sorted(copies)
+    x, roofs = [size / 2**20 for size in sizes], [Spread.of(copies[size]) for size in sizes]
+    axes.fill_between(x, [s.p20 for s in roofs], [s.p80 for s in roofs], color="#e4e4e4", linewidth=0)
+    axes.plot(x, [s.median for s in roofs], color=SOFT, linewidth=1.6, marker="_", markersize=9)
     arms = body["arms"]
     for i, arm in enumerate(arms):
         shift = 1.035 ** (i - (len(arms) - 1) / 2)
@@ -103,7 +105,7 @@ def roofline(body: Body) -> Figure:
     quiet(axes, "both")
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     axes.set_xlabel("size of the layer's input (MiB)")
     axes.set_ylabel("bytes that have to move, per second (GB/s)", fontsize=9, color=INK)
     handles = [Line2D([], [], color=SOFT, linewidth=1.6, label="a copy: the roof")]
@@ -125,12 +127,6 @@ def roofline(body: Body) -> Figure:
         "has held what is counted as moved twice.",
     )
     return figure
-
-
-def spread_of_rate(moved: float, times: Sequence[float]) -> tuple[float, float, float]:
-    """GB/s: median, and what the slow and the quick rounds had."""
-    spread = Spread.of([moved / seconds / 1e9 for seconds in times])
-    return spread.median, spread.p20, spread.p80
 
 
 def rates(body: Body, arm: Body, which: str) -> set[tuple[float, float]]:
@@ -179,7 +175,7 @@ def compared(body: Body, theirs: Sequence[Series]) -> Figure:
     for axes, which in zip(panels[:2], PASSES, strict=True):
         for i, arm in enumerate(arms):
             times = [groups.in_model(arm, one.layers, which) for one in shown]
-            whole = sum(Spread.of(own).median for own in times if own) / 1e3
+            whole = sum(Spread.of(own).median for own in times if own)
             draw_bars(axes, [[s / whole / 10 for s in own] for own in times], i, len(arms), arm["arm"])
             width = 0.82 / len(arms)
             for one in (one for one in theirs if one.stride == arm["stride"]):
@@ -255,7 +251,7 @@ def name_layers(axes: Axes, shown: Sequence[groups.Shown]) -> None:
     axes.set_xlim(-0.6, len(shown) - 0.4)
 
 
-def legend(entries: int) -> dict[str, object]:
+def legend(entries: int) -> dict[str, Any]:
     """Above the panel, in one or more lines."""
     return {"fontsize": 8, "frameon": False, "ncols": min(entries, 6), "loc": "lower left",
             "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.2, "handlelength": 1.2}  # fmt: skip

@@ -191,7 +191,7 @@ def peak_of(call: Callable[[], object], device: torch.device) -> int:
         return machine.peak_memory(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    found = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    found = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]")
     held = peak = 0
     for _, change in changes:

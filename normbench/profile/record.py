@@ -173,7 +173,7 @@ def interval_of_median(numbers: Sequence[float]) -> tuple[float | None, float | 
     """Distribution-free, at CONFIDENCE; None where there are too few numbers for one."""
     from scipy import stats
 
-    found = stats.quantile_test(numbers).confidence_interval(CONFIDENCE)
+    found: Any = stats.quantile_test(numbers).confidence_interval(CONFIDENCE)
     low, high = float(found.low), float(found.high)
     return (None, None) if low != low or high != high else (low, high)
 

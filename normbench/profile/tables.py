@@ -12,8 +12,8 @@ from normbench.bench.page import unit_of
 from normbench.profile import groups
 from normbench.profile.record import Body, Row, in_rounds, step_rows, summed
 
-COLUMNS = ("layer", "shape", "forward in model", "backward in model", "forward alone", "backward alone",
-           "forward of copy", "backward of copy", "peak MiB", "share of step")  # fmt: skip
+COLUMNS = ("layer", "shape", "in model: forward", "backward", "alone: forward", "backward",
+           "of copy: forward", "backward", "peak MiB", "share of step")  # fmt: skip
 STEP_COLUMNS = ("arm", "step", "without norms", "norms, by difference", "norms, by layers",
                 "gap, 95 % interval", "agree")  # fmt: skip
 ABOUT = """\
@@ -37,9 +37,12 @@ def show(body: Body) -> None:
     """Print a table for every arm, then their steps."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     for arm in body["arms"]:
-        console.print(rich(arm["arm"], COLUMNS, layer_lines(body, arm)))
+        lines = ([cell.partition(" (")[0] for cell in line] for line in layer_lines(body, arm))
+        console.print(rich(arm["arm"], COLUMNS, lines))
+        console.print()
     console.print(rich("steps", STEP_COLUMNS, map(step_line, step_rows(body))))
-    console.print("  " + " ".join(about(body)).replace("*", "").replace("\n", " "), style="dim", markup=False)
+    said = " ".join(about(body)).replace("*", "").replace("\n", " ")
+    console.print("\n" + said, style="dim", markup=False, width=110)
 
 
 def rich(title: str, columns: Sequence[str], lines: Iterable[Sequence[str]]) -> Table:

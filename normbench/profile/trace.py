@@ -26,7 +26,7 @@ def write_trace(own: Mapping[str, Steps], folder: Path) -> None:
     activities = [ProfilerActivity.CPU]
     if any(steps.ready.device.type == "cuda" for steps in own.values()):
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
+    with profile(activities=activities, record_shapes=True) as profiler:
         for name, steps in own.items():
             with spans(steps.layers), record_function(f"step: {name}"):
                 steps.once()

@@ -58,7 +58,8 @@ def share_reached(gradient: Tensor, channels_last: bool) -> float:
     last = (0, *(-1 for _ in reached.shape[1:]))
     if not reached[1:].any():
         return 0.0
-    reached[last] = bool(reached[(slice(1, None), *last[1:])].any())  # what it got from its own input
+    mates = reached[1:][(slice(None), *last[1:])]
+    reached[last] = bool(mates.any())  # not what it got from its own input
     if reached.ndim > 1 and not channels_last:
         reached = reached.any(-1)
     return float(reached.float().mean())

@@ -65,8 +65,8 @@ class Watch:
         def mark(gradient: Tensor) -> None:
             span.append(self.clock.mark())
 
-        y.register_hook(mark)
-        x.register_hook(mark)
+        y.register_hook(mark)  # type: ignore[no-untyped-call]
+        x.register_hook(mark)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
