@@ -15,7 +15,10 @@ def normbench(*arguments: str, **environment: str) -> subprocess.CompletedProces
 
 def test_help_lists_the_doors() -> None:
     said = normbench().stdout
-    assert all(f"\n  {door} " in said for door in ("train", "audit", "bench", "stats", "status", "results"))
+    assert all(
+        f"\n  {door} " in said
+        for door in ("train", "audit", "bench", "profile", "stats", "status", "results")
+    )
 
 
 def test_a_wrong_door_is_one_line() -> None:
@@ -23,19 +26,20 @@ def test_a_wrong_door_is_one_line() -> None:
     assert done.returncode == 2 and done.stdout == ""
     assert (
         done.stderr == "normbench: no door 'trian'; did you mean 'train'?; "
-        "there are train, audit, bench, stats, status, results\n"
+        "there are train, audit, bench, profile, stats, status, results\n"
     )
 
 
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("normbench ", ["train", "audit", "bench", "stats", "status", "results"]),
+        ("normbench ", ["train", "audit", "bench", "profile", "stats", "status", "results"]),
         ("normbench tr", ["train"]),
         ("normbench train norm=gh", ["norm=ghost"]),
         ("normbench audit norm=gh", ["norm=ghost"]),
         ("normbench audit norm=mbn norm.str", ["norm.stride="]),
         ("normbench bench rou", ["rounds="]),
+        ("normbench profile norm=mbn st", ["stride="]),
         ("normbench train norm=mbn norm.str", ["norm.stride="]),
         ("normbench train dataset=ci", ["dataset=cifar10", "dataset=cifar100"]),
         ("normbench stats out", []),
@@ -75,7 +79,8 @@ DEAR = {"torch", "torchvision", "sklearn", "scipy", "statsmodels", "matplotlib",
 @pytest.mark.parametrize(
     ("command", "code"),
     [("train --help", 0), ("train epoch=3", 2), ("train norm=xyz", 2), ("train optim.lr=-1", 2),
-     ("train batch=bs3", 2), ("audit --help", 0), ("audit norm=xyz", 2), ("stats --help", 0),
+     ("train batch=bs3", 2), ("audit --help", 0), ("audit norm=xyz", 2), ("profile --help", 0),
+     ("profile model=xyz", 2), ("profile --compare nowhere", 2), ("profile stride=4", 2), ("stats --help", 0),
      ("stats nowhere", 2), ("status --help", 0), ("status nowhere", 2), ("results nowhere", 2),
      ("worker nowhere", 2)],
 )  # fmt: skip

@@ -60,7 +60,8 @@ def arms_of(
     found: dict[str, Arm] = {}
     for overrides, words in zip(spelled, words_of(parser, spelled), strict=True):
         values, choices = composer.compose([*own, *overrides])
-        name = " ".join([choices["norm"], *words])
+        layer = str(values["norm"]["_target_"]).rpartition(".")[2]
+        name = " ".join([layer if choices["norm"] == "custom" else choices["norm"], *words])
         arm = Arm(name, values, *session(sessions, values, overrides))
         if found.setdefault(arm.name, arm) is not arm:
             raise Refused(f"two arms are one setting ({arm.name}); give it once")
@@ -85,12 +86,12 @@ def words_of(parser: OverridesParser, spelled: Sequence[Sequence[str]]) -> list[
     lines = [{str(o.key_or_group): str(o.input_line).lstrip("+") for o in arm} for arm in parsed]
 
     def tells(key: str, line: str) -> bool:
-        if key in ("norm", *ONE_VALUE):
+        if key in ("norm", "norm._target_", *ONE_VALUE):
             return False
         option = key == "stride" or key.startswith("norm.")
         return option or any(line != other.get(key) for other in lines)
 
-    return [[line for key, line in arm.items() if tells(key, line)] for arm in lines]
+    return [[line.removeprefix("norm.") for key, line in arm.items() if tells(key, line)] for arm in lines]
 
 
 def session(sessions: Composer, values: Values, overrides: Sequence[str]) -> tuple[Config, Config]:

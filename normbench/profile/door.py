@@ -120,6 +120,7 @@ def new_body(arms: Sequence[Arm], values: Values, choices: Mapping[str, str], na
         "quick": values["quick"],
         "complete": False,
         "wall_s": 0.0,
+        "cpu_share": None,
         "model": choices["model"],
         "dataset": choices["dataset"],
         "image": list(values["dataset"]["shape"]),
@@ -155,7 +156,8 @@ def measure(arms: Sequence[Arm], values: Values, body: Body) -> "dict[str, Steps
         warnings.simplefilter("ignore")  # the layers' own, as in a session
         say(f"{len(arms)} arms, {body['model']} at {sized(body['image'])}: steps with and without norms")
         own, without, twins = measuring.prepared_steps(arms)
-        times = measuring.measure_steps(own, without, pace)
+        times, share = measuring.measure_steps(own, without, pace)
+        body["cpu_share"] = round(share, 3)
         body["without"] = {
             name: measuring.without_body(steps, times[name]) for name, steps in without.items()
         }

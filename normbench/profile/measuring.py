@@ -124,14 +124,17 @@ def prepared_steps(arms: Sequence[Arm]) -> tuple[dict[str, Steps], dict[str, Ste
     return own, without, names
 
 
-def measure_steps(own: Mapping[str, Steps], without: Mapping[str, Steps], pace: Pace) -> Body:
-    """Arm or model without norms → part → seconds, one a round."""
+def measure_steps(
+    own: Mapping[str, Steps], without: Mapping[str, Steps], pace: Pace
+) -> tuple[dict[str, dict[str, list[float]]], float]:
+    """Arm or model without norms → part → seconds, one a round; and the least share of a processor it had."""
     sides = {name: partial(steps.prepared, pace) for name, steps in {**own, **without}.items()}
     done = take_turns(sides, pace.rounds)
     for name, side in done.items():
         if side.missing:
             raise CannotRun(f"{name}: {side.missing}")
-    return {name: {part: list(times) for part, times in side.times_s.items()} for name, side in done.items()}
+    times = {name: {part: list(s) for part, s in side.times_s.items()} for name, side in done.items()}
+    return times, min(side.cpu_share or 0.0 for side in done.values())
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from normbench.bench.interleaved import Spread
+from normbench.bench.page import CROWDED, unit_of
 from normbench.bench.page import table as markdown_table
-from normbench.bench.page import unit_of
 from normbench.profile import groups
 from normbench.profile.record import Body, Row, in_rounds, step_rows, summed
 
@@ -41,7 +41,7 @@ def show(body: Body) -> None:
         console.print(rich(arm["arm"], COLUMNS, lines))
         console.print()
     console.print(rich("steps", STEP_COLUMNS, map(step_line, step_rows(body))))
-    said = " ".join(about(body)).replace("*", "").replace("\n", " ")
+    said = " ".join([*about(body), crowded(body)]).replace("*", "").replace("\n", " ")
     console.print("\n" + said, style="dim", markup=False, width=110)
 
 
@@ -111,6 +111,16 @@ def percent(spread: Spread) -> str:
     return f"{100 * spread.median:.2f} % ({100 * spread.p20:.2f}–{100 * spread.p80:.2f})"
 
 
+def crowded(body: Body) -> str:
+    """A sentence where other work took processor time from the steps."""
+    machine, share = body["machine"], body["cpu_share"]
+    if machine["device"] != "cpu" or machine["threads"] != 1 or share is None or share >= CROWDED:
+        return ""
+    return (
+        f"Other work was running: a step had {share:.0%} of its processor. Measure again on a quiet machine."
+    )
+
+
 def about(body: Body) -> Iterator[str]:
     """How to read the tables."""
     yield ABOUT.format(rounds=len(body["arms"][0]["step_s"]))
@@ -143,6 +153,8 @@ def section(body: Body, folder: str, label: str) -> Iterator[str]:
         f"{machine['device_name']}, threads={machine['threads']}, driver {machine['driver_version']}, torch "
         f"{machine['torch']}; allocator {machine['allocator']}; load before {machine['load_before']}."
     )
+    if crowded(body):
+        yield f"**{crowded(body)}**"
     if not machine["cuda"]:
         yield "This machine has no CUDA device: timing by CUDA events is untested here."
     yield ""

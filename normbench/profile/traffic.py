@@ -54,12 +54,10 @@ def one_output(layer: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor]:
 
 def share_reached(gradient: Tensor, channels_last: bool) -> float:
     """The share of the tensor's memory that one output's gradient reaches; 0 where that is its own sample."""
-    reached = (gradient != 0).any(1)  # (N, *)
-    last = (0, *(-1 for _ in reached.shape[1:]))
+    reached = (gradient != 0).any(1).flatten(1) if gradient.ndim > 2 else (gradient != 0).any(1, keepdim=True)
     if not reached[1:].any():
         return 0.0
-    mates = reached[1:][(slice(None), *last[1:])]
-    reached[last] = bool(mates.any())  # not what it got from its own input
-    if reached.ndim > 1 and not channels_last:
-        reached = reached.any(-1)
+    reached[0, -1] = reached[1:, -1].any()  # not what it got from its own input
+    if gradient.ndim > 2 and not channels_last:
+        reached = reached.unflatten(1, (-1, gradient.shape[-1])).any(-1)
     return float(reached.float().mean())
