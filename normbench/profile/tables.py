@@ -25,6 +25,37 @@ difference, the rounds' median."""
 RELU = """\
 Layers with ReLU inside (fused ones, before a ReLU) are timed with it, while the step without norms has it as
 an operator of its own: *by layers* is less that ReLU's time, measured in the step without norms."""
+METHOD = """\
+`python -m normbench.profile` measures every norm layer of a model, whatever its class, at the shapes it
+really sees. All arms live in one process and take turns: a round runs every side once, in an order of its
+own.
+
+- **In the model.** Sides are real training steps (forward, loss, backward, update; the learning rate is so
+  small that weights stay). A sample is a step as it is and then one that is watched: hooks mark where a
+  layer is entered and left; its backward pass lasts from the moment its output's gradient is complete until
+  its input's is, so gradients of its own parameters count. Shares are of the step as it is. `observing` in
+  steps.csv is what watching cost.
+- **Alone.** The same layer, called as the model calls it, on inputs of the same shape, type and layout that
+  take turns (128 MiB of them on a CPU), made like the gradients off the clock; what is quicker than 30 ms
+  is repeated within a sample. Layers of an arm that are alike are measured once.
+- **Time** is the CPU's counter; on CUDA its events (untested: no CUDA device was at hand). The allocator is
+  tuned as a session tunes its own.
+- **Bytes** are the least that an algorithm has to move: 2 + f tensors forward and 3 + 2f backward, f being
+  the share of the tensor that has to be seen before anything can be written: 1 for batch norm, a sample's
+  share where statistics come from a sample (in whole rows of memory unless channels are last), 0 for layers
+  that stay within a sample. f is found by probing the layer: which inputs its output and its gradient
+  depend on.
+- **A copy** of the same tensor, reading and writing it once, takes its turn in the same rounds: the roof.
+- **Peak memory** is what torch's allocator handed out at once during one pass forward and backward, above
+  input and output's gradient: on CUDA by its counter, on the CPU by the profiler's record of every
+  allocation, which does not see what a kernel allocates past torch.
+- **ReLU.** A fused layer before a ReLU has it inside and in its time (`relu_inside`), alone and in the
+  model. The step without norms runs that ReLU as an operator; its time there is measured in the same rounds
+  and taken off the sum of the layers, not off their rows.
+- **Agreement.** Each round gives the layers' share less the difference's share. Their median has an
+  interval from order statistics (95 %, 6 rounds or more, nothing assumed of their distribution); the two
+  agree where it contains 0. The difference also holds what no layer's own time can: calls of modules, the
+  update of the norms' parameters, and what caches and allocator do for the layers in between."""
 PLACES = {
     "layers-model": "Forward and backward time of every norm layer inside the running step",
     "layers-alone": "Forward and backward time of every norm layer alone",
@@ -130,7 +161,7 @@ def about(body: Body) -> Iterator[str]:
 
 def page(bodies: Sequence[Body], folder: str, label: Callable[[Body], str]) -> str:
     """Markdown of several profiles, whose figures lie in `folder` beside it."""
-    lines = ["# What norm layers cost", ""]
+    lines = ["# What norm layers cost", "", METHOD, ""]
     for body in bodies:
         lines += section(body, folder, label(body))
     return "\n".join(lines).rstrip() + "\n"
