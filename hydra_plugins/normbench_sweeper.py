@@ -34,7 +34,7 @@ class PlannedSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run the command: `train` plans sessions and launches them, `audit` and `bench` look here."""
+        """Run the command: `train` plans sessions and launches them, the other doors look here."""
         from normbench.config import Composer
 
         composer = Composer(self.context.config_loader, self.config)
@@ -46,6 +46,10 @@ class PlannedSweeper(Sweeper):
             from normbench.bench import door as bench
 
             bench.run(composer, self.config, arguments)
+        elif composer.door == "profile":
+            from normbench.profile import door as profile
+
+            profile.run(composer, self.config, arguments)
         else:
             from normbench import sweep
 

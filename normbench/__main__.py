@@ -13,13 +13,14 @@ DOORS = {
     "train": "train one session, or a sweep of them",
     "audit": "check one norm layer, yours included, against the contract",
     "bench": "how fast the layers, a step, the data, sweeps are: ratios with spread",
+    "profile": "what a model's norm layers cost, alone and inside the running step",
     "stats": "compare the arms of a study",
     "traces": "figures of what trace=norms and trace=features saw",
     "status": "what a sweep has done, is doing, has failed; time to go",
     "predict": "predict images with a session's weights; accuracy, F1, confusion where labels are known",
     "results": "rebuild results.csv from the sessions' own files",
 }
-HYDRA_DOORS = ("train", "audit", "bench")
+HYDRA_DOORS = ("train", "audit", "bench", "profile")
 
 
 def main() -> None:

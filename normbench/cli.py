@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import yaml
@@ -36,6 +37,8 @@ def run(door: str) -> None:
 
     register_resolvers()
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    if door == "profile":
+        sys.argv[1:] = with_compare(sys.argv[1:])
     check_arguments(door)
     sys.argv[1:] = for_swept_groups(sys.argv[1:])
     behaviour = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}  # 1.4 has one only
@@ -56,6 +59,23 @@ def run(door: str) -> None:
     finally:
         if not traceback_wanted:
             del os.environ["HYDRA_FULL_ERROR"]
+
+
+def with_compare(arguments: list[str]) -> list[str]:
+    """`--compare file.csv` as `compare='file.csv'`."""
+    from normbench.sweep import quoted
+
+    words, found = iter(arguments), []
+    for word in words:
+        option, _, path = word.partition("=")
+        if option != "--compare":
+            found.append(word)
+            continue
+        path = path or next(words, "")
+        if not path:
+            refuse("profile", "--compare needs a file, like --compare layers.csv")
+        found.append(f"compare={quoted(Path(path))}")
+    return found
 
 
 def check_arguments(door: str) -> None:

@@ -23,6 +23,7 @@ from normbench.values import Refused, closest, nearest, one_of
 
 Values = dict[str, Any]
 GROUPS = ("model", "dataset", "norm", "batch", "optim", "optim/schedule")
+DOOR_GROUPS = {"audit": ("norm",), "bench": (), "profile": ("model", "dataset", "norm", "batch")}
 
 
 def conf_dir() -> Path:
@@ -98,7 +99,7 @@ class Composer:
         self.loader = loader
         self.hydra_overrides: list[str] = list(master.hydra.overrides.hydra)
         self.door: str = door or master.hydra.job.config_name
-        self.groups = {"audit": ("norm",), "bench": ()}.get(self.door, GROUPS)
+        self.groups = DOOR_GROUPS.get(self.door, GROUPS)
         self.schemas: dict[tuple[tuple[str, str], ...], Values] = {}
         self.choices: dict[tuple[str, ...], dict[str, str]] = {}
 

@@ -150,6 +150,20 @@ def words(*allowed: str) -> Rule:
     return check
 
 
+def file_name(key: str, value: Any) -> str:
+    """A word that can name a folder."""
+    if not re.fullmatch(r"\w[\w.+=-]*", str(value)):
+        raise ValueError(f"{key} must be a word that can name a folder, got {value!r}")
+    return str(value)
+
+
+def text(key: str, value: Any) -> str:
+    """Words, not empty."""
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{key} must be text, got {value!r}")
+    return value
+
+
 RULES: dict[str, Rule] = {
     "stride": optional(positive_int),
     "epochs": optional(positive_int),
@@ -269,4 +283,7 @@ RULES: dict[str, Rule] = {
     "sweep.sessions": partial(int_from, low=2),
     "sweep.fresh": positive_int,
     "sweep.epochs": positive_int,
+    "arms": optional(list_of(text)),
+    "name": optional(file_name),
+    "compare": optional(text),
 }

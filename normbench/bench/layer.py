@@ -1,8 +1,6 @@
 """Suite `layer`: norm layers alone, at the shapes that our models see, against torch's and against a copy.
 
-units    reads and writes of the whole tensor that a layer needs at least, forward / backward:
-         batch norm 3 / 5;  ReLU behind it, eager, 2 / 3 more;
-         statistics on a sample: 2 + f / 3 + 2f, with ReLU inside too,
+units    as `normbench.bench.calls` counts them, with ReLU inside as without;
          f = share of the tensor that a sample touches: 1/s² in NHWC, 1/s in NCHW, where it skips whole rows
 floor    a copy (2 units) of the same tensor, in the same round: forward 1.5, backward 2.5, both 4 copies
 """
@@ -10,7 +8,7 @@ floor    a copy (2 units) of the same tensor, in the same round: forward 1.5, ba
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +19,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normbench.bench.bench import Bench
-from normbench.bench.interleaved import CannotRun, Clock, Ready, Sample, repeats, take_turns
+from normbench.bench.calls import (
+    BATCH_NORM,
+    PASSES,
+    RELU,
+    Calls,
+    Ring,
+    copying,
+    plus,
+    units_of_sample,
+)
+from normbench.bench.interleaved import CannotRun, Ready, take_turns
 from normbench.bench.record import Group
 from normbench.models.dilated_cnn import DilatedCNN
 from normbench.models.resnet9 import ResNet9
@@ -39,12 +47,9 @@ MODELS: dict[str, tuple[Any, tuple[int, int, int], int, int]] = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}  # of outputs around 1, between a layer and its twin
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-PASSES = ("forward", "backward", "forward+backward")
-BATCH_NORM, RELU = (3.0, 5.0), (2.0, 3.0)  # units, see above
 FLOOR = {"forward": 1.5, "backward": 2.5, "forward+backward": 4.0}
 BASELINE = "nn.BatchNorm2d"
 LARGE = 2**23  # elements: 32 MiB in fp32, more than a CPU's caches keep between two passes
-RING_BYTES = {"cpu": 2**27, "cuda": 2**28}  # inputs take turns, so that no cache has the next one
 Shape = tuple[int, int, int, int]
 
 
@@ -124,9 +129,9 @@ class Case:
 
     def group(self) -> Group:
         """Measure all sides."""
-        ring = Ring(self, self.dtype)
+        ring = self.ring(self.dtype)
         sides = {name: partial(self.ready, layer, ring) for name, layer in self.layers().items()}
-        times = take_turns({"copy": partial(self.copy, ring), **sides}, self.bench.rounds)
+        times = take_turns({"copy": partial(copying, ring, self.bench.sample_s), **sides}, self.bench.rounds)
         case = {
             "shape": list(self.shape),
             "layout": self.layout.upper(),
@@ -181,14 +186,19 @@ class Case:
             return BATCH_NORM
         squared = self.layout == "nhwc" and sample == "stride"
         f = 1 / stride**2 if squared else 1 / stride
-        return 2 + f, 3 + 2 * f
+        return units_of_sample(f)
 
-    def ready(self, layer: Layer, ring: "Ring") -> Ready:
+    def ring(self, dtype: str) -> Ring:
+        """What all sides are fed."""
+        layout, device = LAYOUTS[self.layout], self.bench.device
+        return Ring(self.shape, DTYPES[dtype], layout, device, single=self.bench.quick)
+
+    def ready(self, layer: Layer, ring: Ring) -> Ready:
         """Build a layer, hold it against its twin, warm it up; CannotRun says what went wrong."""
         device = self.bench.device
         try:
             if layer.dtype is not None:
-                ring = Ring(self, layer.dtype)
+                ring = self.ring(layer.dtype)
             module = layer.make().to(device).train()
             forward = self.called(module, inside=layer.twin is not None)
             with warnings.catch_warnings(record=True) as said:
@@ -197,8 +207,7 @@ class Case:
                     twin = self.called(layer.twin().to(device).train(), inside=False)
                     check_twin(forward, twin, ring, TOLERANCE[self.dtype])
                 calls = Calls(forward, [p for p in module.parameters() if p.requires_grad], ring)
-                calls.count = repeats(calls.once, ring.clock, self.bench.sample_s)
-                calls.warm = calls.count > 1 or self.bench.device.type == "cuda"
+                calls.calibrate(self.bench.sample_s)
         except (ValueError, TypeError, RuntimeError) as error:
             raise CannotRun(f"{type(error).__name__}: {first_line(error)}") from error
         moved = {part: units * ring.tensor_bytes for part, units in zip(PASSES, layer.units, strict=False)}
@@ -213,30 +222,6 @@ class Case:
             return partial(module, relu=True)
         return lambda x: F.relu(module(x))
 
-    def copy(self, ring: "Ring") -> Ready:
-        """Reads and writes the tensor once."""
-        target, clock = torch.empty_like(ring.next()[0], requires_grad=False), ring.clock
-
-        def once() -> tuple[Any, Any]:
-            x = ring.next()[0].detach()
-            begin = clock.mark()
-            target.copy_(x)
-            return begin, clock.mark()
-
-        count = repeats(once, clock, self.bench.sample_s)
-
-        def measure() -> Sample:
-            marks = [once() for _ in range(count)]
-            clock.wait()
-            return {"copy": sum(clock.seconds(begin, end) for begin, end in marks) / count}
-
-        return Ready(measure, bytes_moved={"copy": 2.0 * ring.tensor_bytes})
-
-
-def plus(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
-    """Units of two layers, one behind the other."""
-    return a[0] + b[0], a[1] + b[1]
-
 
 def named(said: str, stride: int, sample: str) -> str:
     """`mbn fused s=4`, and the sample where it is another than every stride-th row and column."""
@@ -250,7 +235,7 @@ def control_of(name: str) -> str:
 
 
 def check_twin(
-    forward: Callable[[Tensor], Tensor], twin: Callable[[Tensor], Tensor], ring: "Ring", tolerance: float
+    forward: Callable[[Tensor], Tensor], twin: Callable[[Tensor], Tensor], ring: Ring, tolerance: float
 ) -> None:
     """CannotRun where a fused layer is none, or has other numbers than its readable twin."""
     x, _ = ring.next()
@@ -262,61 +247,6 @@ def check_twin(
         gap = float((y.float() - twin(x).float()).abs().max())
     if not gap <= tolerance:
         raise CannotRun(f"other numbers than its readable twin: off by {gap:.2g}")
-
-
-class Ring:
-    """Inputs and gradients of a case, made off the clock, that take turns over all sides."""
-
-    def __init__(self, case: Case, dtype_name: str) -> None:
-        device, dtype, layout = case.bench.device, DTYPES[dtype_name], LAYOUTS[case.layout]
-        self.clock = Clock(device)
-        self.tensor_bytes = math.prod(case.shape) * dtype.itemsize
-        pairs = min(64, math.ceil(RING_BYTES[device.type] / (2 * self.tensor_bytes)))
-        generator = torch.Generator().manual_seed(0)
-        self.pairs: list[tuple[Tensor, Tensor]] = []
-        for _ in range(1 if case.bench.quick else pairs):
-            x, dy = (
-                torch.randn(case.shape, generator=generator)
-                .to(device, dtype)
-                .contiguous(memory_format=layout)
-                for _ in range(2)
-            )
-            self.pairs.append((x.requires_grad_(), dy))
-        self.at = itertools.cycle(self.pairs)
-
-    def next(self) -> tuple[Tensor, Tensor]:
-        """An input, and the gradient of its output."""
-        return next(self.at)
-
-
-class Calls:
-    """Training calls of one layer; `count` of them are a sample."""
-
-    def __init__(self, forward: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], ring: Ring) -> None:
-        self.forward, self.parameters, self.ring = forward, list(parameters), ring
-        self.count, self.warm = 1, False
-
-    def once(self) -> tuple[Any, Any, Any]:
-        """One forward and backward pass; the marks before, between and after."""
-        mark, (x, dy) = self.ring.clock.mark, self.ring.next()
-        begin = mark()
-        y = self.forward(x)
-        between = mark()
-        gradients = torch.autograd.grad(y, [x, *self.parameters], dy)
-        end = mark()
-        del y, gradients
-        return begin, between, end
-
-    def measure(self) -> Sample:
-        """Seconds of a call, by pass; what is quick takes a call first that is not counted."""
-        if self.warm:
-            self.once()
-        marks = [self.once() for _ in range(self.count)]
-        clock = self.ring.clock
-        clock.wait()
-        forward = sum(clock.seconds(begin, between) for begin, between, _ in marks) / self.count
-        backward = sum(clock.seconds(between, end) for _, between, end in marks) / self.count
-        return {"forward": forward, "backward": backward, "forward+backward": forward + backward}
 
 
 class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -1,0 +1,1 @@
+"""Norm layers of a model, alone and at work: time, bytes, memory, operators, share of the step."""
