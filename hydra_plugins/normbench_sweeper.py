@@ -34,7 +34,7 @@ class PlannedSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run the command: `train` plans sessions and launches them, `audit` and `bench` look here."""
+        """Run the command: `train` plans sessions and launches them, the other doors look here."""
         from normbench.config import Composer
 
         composer = Composer(self.context.config_loader, self.config)
@@ -42,6 +42,10 @@ class PlannedSweeper(Sweeper):
             from normbench.audit import door
 
             door.run(composer, self.config, arguments)
+        elif composer.door == "lr_limit":
+            from normbench.lr_limit import door as lr_limit
+
+            lr_limit.run(composer, self.config, arguments)
         elif composer.door == "bench":
             from normbench.bench import door as bench
 

@@ -12,12 +12,13 @@ from normbench.values import nearest
 DOORS = {
     "train": "train one session, or a sweep of them",
     "audit": "check one norm layer, yours included, against the contract",
+    "lr_limit": "the largest learning rate that still trains, per norm, with its interval",
     "bench": "how fast the layers, a step, the data, sweeps are: ratios with spread",
     "stats": "compare the arms of a study",
     "status": "what a sweep has done, is doing, has failed; time to go",
     "results": "rebuild results.csv from the sessions' own files",
 }
-HYDRA_DOORS = ("train", "audit", "bench")
+HYDRA_DOORS = ("train", "audit", "lr_limit", "bench")
 
 
 def main() -> None:

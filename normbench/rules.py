@@ -102,6 +102,20 @@ def layer_choice(key: str, value: Any) -> Any:
     return value if isinstance(value, list) else one_of(key, value, named)
 
 
+def above_one(key: str, value: Any) -> float:
+    """A ratio above 1, far enough for two rates to differ."""
+    if number_from(key, value, 0) < 1.001:
+        raise ValueError(f"{key} must be a number ≥ 1.001, got {value!r}")
+    return float(value)
+
+
+def folder_name(key: str, value: Any) -> str:
+    """One folder's name, no path."""
+    if not re.fullmatch(r"\w[\w.+=~-]*", str(value)):
+        raise ValueError(f"{key} must be a word of letters, digits and . + = ~ - _, got {value!r}")
+    return str(value)
+
+
 SUITES = ("layer", "step", "loader", "naive", "pack", "startup", "sweep", "session")  # of bench
 
 
@@ -129,6 +143,14 @@ RULES: dict[str, Rule] = {
     "threads": optional(positive_int),
     "cuda_graph": optional(flag),
     "pack": optional(partial(int_from, low=2)),
+    "sessions": partial(int_from, low=2),
+    "resolution": above_one,
+    "lowest": above_zero,
+    "highest": above_zero,
+    "range.steps": optional(partial(int_from, low=10)),
+    "range.low": above_zero,
+    "range.high": above_zero,
+    "name": optional(folder_name),
     "backend": optional(either("aot_eager", "inductor")),
     "margin": optional(margin),
     "checkpoint.every": optional(every),

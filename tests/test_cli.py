@@ -15,7 +15,10 @@ def normbench(*arguments: str, **environment: str) -> subprocess.CompletedProces
 
 def test_help_lists_the_doors() -> None:
     said = normbench().stdout
-    assert all(f"\n  {door} " in said for door in ("train", "audit", "bench", "stats", "status", "results"))
+    assert all(
+        f"\n  {door} " in said
+        for door in ("train", "audit", "lr_limit", "bench", "stats", "status", "results")
+    )
 
 
 def test_a_wrong_door_is_one_line() -> None:
@@ -23,18 +26,20 @@ def test_a_wrong_door_is_one_line() -> None:
     assert done.returncode == 2 and done.stdout == ""
     assert (
         done.stderr == "normbench: no door 'trian'; did you mean 'train'?; "
-        "there are train, audit, bench, stats, status, results\n"
+        "there are train, audit, lr_limit, bench, stats, status, results\n"
     )
 
 
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("normbench ", ["train", "audit", "bench", "stats", "status", "results"]),
+        ("normbench ", ["train", "audit", "lr_limit", "bench", "stats", "status", "results"]),
         ("normbench tr", ["train"]),
         ("normbench train norm=gh", ["norm=ghost"]),
         ("normbench audit norm=gh", ["norm=ghost"]),
         ("normbench audit norm=mbn norm.str", ["norm.stride="]),
+        ("normbench lr_limit norm=gh", ["norm=ghost"]),
+        ("normbench lr_limit reso", ["resolution="]),
         ("normbench bench rou", ["rounds="]),
         ("normbench train norm=mbn norm.str", ["norm.stride="]),
         ("normbench train dataset=ci", ["dataset=cifar10", "dataset=cifar100"]),
@@ -76,6 +81,9 @@ DEAR = {"torch", "torchvision", "sklearn", "scipy", "statsmodels", "matplotlib",
     ("command", "code"),
     [("train --help", 0), ("train epoch=3", 2), ("train norm=xyz", 2), ("train optim.lr=-1", 2),
      ("train batch=bs3", 2), ("audit --help", 0), ("audit norm=xyz", 2), ("stats --help", 0),
+     ("lr_limit --help", 0), ("lr_limit norm=xyz", 2), ("lr_limit session=3", 2), 
+     ("lr_limit resolution=1", 2),
+     ("lr_limit sessions=4,8", 2), ("lr_limit optim.lr=0.1,1", 2), ("lr_limit lowest=1", 2),
      ("stats nowhere", 2), ("status --help", 0), ("status nowhere", 2), ("results nowhere", 2),
      ("worker nowhere", 2)],
 )  # fmt: skip
