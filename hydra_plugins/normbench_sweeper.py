@@ -42,6 +42,10 @@ class PlannedSweeper(Sweeper):
             from normbench.audit import door
 
             door.run(composer, self.config, arguments)
+        elif composer.door == "lr_limit":
+            from normbench.lr_limit import door as lr_limit
+
+            lr_limit.run(composer, self.config, arguments)
         elif composer.door == "bench":
             from normbench.bench import door as bench
 

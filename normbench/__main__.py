@@ -12,6 +12,7 @@ from normbench.values import nearest
 DOORS = {
     "train": "train one session, or a sweep of them",
     "audit": "check one norm layer, yours included, against the contract",
+    "lr_limit": "the largest learning rate that still trains, per norm, with its interval",
     "bench": "how fast the layers, a step, the data, sweeps are: ratios with spread",
     "profile": "what a model's norm layers cost, alone and inside the running step",
     "stats": "compare the arms of a study",
@@ -20,7 +21,7 @@ DOORS = {
     "predict": "predict images with a session's weights; accuracy, F1, confusion where labels are known",
     "results": "rebuild results.csv from the sessions' own files",
 }
-HYDRA_DOORS = ("train", "audit", "bench", "profile")
+HYDRA_DOORS = ("train", "audit", "lr_limit", "bench", "profile")
 
 
 def main() -> None:

@@ -136,6 +136,20 @@ def channels(key: str, value: Any) -> Any:
     raise ValueError(f"{key} must be all, a count ≥ 1 or a list like [0,-1], got {value!r}")
 
 
+def above_one(key: str, value: Any) -> float:
+    """A ratio above 1, far enough for two rates to differ."""
+    if number_from(key, value, 0) < 1.001:
+        raise ValueError(f"{key} must be a number ≥ 1.001, got {value!r}")
+    return float(value)
+
+
+def folder_name(key: str, value: Any) -> str:
+    """One folder's name, no path."""
+    if not re.fullmatch(r"\w[\w.+=~-]*", str(value)):
+        raise ValueError(f"{key} must be a word of letters, digits and . + = ~ - _, got {value!r}")
+    return str(value)
+
+
 SUITES = ("layer", "step", "loader", "naive", "pack", "startup", "sweep", "session")  # of bench
 
 
@@ -148,13 +162,6 @@ def words(*allowed: str) -> Rule:
         return [one_of(key, item, allowed) for item in value]
 
     return check
-
-
-def file_name(key: str, value: Any) -> str:
-    """A word that can name a folder."""
-    if not re.fullmatch(r"\w[\w.+=-]*", str(value)):
-        raise ValueError(f"{key} must be a word that can name a folder, got {value!r}")
-    return str(value)
 
 
 def text(key: str, value: Any) -> str:
@@ -177,6 +184,14 @@ RULES: dict[str, Rule] = {
     "threads": optional(positive_int),
     "cuda_graph": optional(flag),
     "pack": optional(partial(int_from, low=2)),
+    "sessions": partial(int_from, low=2),
+    "resolution": above_one,
+    "lowest": above_zero,
+    "highest": above_zero,
+    "range.steps": optional(partial(int_from, low=10)),
+    "range.low": above_zero,
+    "range.high": above_zero,
+    "name": optional(folder_name),
     "backend": optional(either("aot_eager", "inductor")),
     "margin": optional(margin),
     "checkpoint.every": optional(every),
@@ -284,6 +299,5 @@ RULES: dict[str, Rule] = {
     "sweep.fresh": positive_int,
     "sweep.epochs": positive_int,
     "arms": optional(list_of(text)),
-    "name": optional(file_name),
     "compare": optional(text),
 }

@@ -1,0 +1,191 @@
+"""Figures of a search: failure curves, the trials in order, the range test; equal SVG for equal trials."""
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.special import expit
+
+from normbench.lr_limit.curve import LEVEL, proportion_interval
+from normbench.lr_limit.limits import Searched
+from normbench.lr_limit.page import percent, span, value_words
+from normbench.lr_limit.record import Range
+from normbench.lr_limit.trial import Chance
+from normbench.plan import write_whole
+from normbench.stats.figures import CYCLE, FAINT, INK, SOFT, blank, quiet, wrapped
+
+SHARES = np.array(
+    [0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98]
+)  # at which the band is drawn
+TRAINED, FAILED = "#0072b2", "#d55e00"
+SMOOTH = 0.9  # of the range test's running mean
+
+
+def draw(folder: Path, arms: Sequence[Searched], ranges: Sequence[Range], chance: Chance) -> list[Path]:
+    """Write every figure there is data for; returns their paths."""
+    figures = {"failure-curves": curves_figure(arms), "search": search_figure(arms)}
+    if ranges:
+        figures["range-test"] = range_figure(arms, ranges, chance)
+    return [save(figure, folder / f"{name}.svg") for name, figure in figures.items()]
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write an SVG whole or not at all; without a date, so that equal figures are equal files."""
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "normbench"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    write_whole(path, text.getvalue())
+    return path
+
+
+def curves_figure(arms: Sequence[Searched]) -> Figure:
+    """A panel per arm on one axis of rates: what share failed, the logistic curve, its band, the limit."""
+    figure = blank(1.5 + 1.75 * len(arms))
+    panels = figure.subplots(len(arms), sharex=True, squeeze=False)[:, 0]
+    for i, (axes, arm) in enumerate(zip(panels, arms, strict=True)):
+        draw_curve(axes, arm, CYCLE[(i + 1) % len(CYCLE)])
+    panels[-1].set_xlabel("learning rate")
+    figure.supylabel("sessions that failed (fraction)", fontsize=9, color=INK)
+    n = len(arms[0].sessions)
+    entitle(figure, f"How large can the learning rate be? (n = {n} sessions at every rate)")
+    explain(
+        figure,
+        f"Points: what failed at a rate, with Wilson's {percent(LEVEL)} interval of each by itself; hollow: "
+        "rates too small to learn, left out of the fit. Curve: logistic in the log rate, fitted to the "
+        f"sessions' own limits; band: the {percent(LEVEL)} interval of the rate at each probability. "
+        "Diamond and bar: the rate at which half fail.",
+    )
+    return figure
+
+
+def draw_curve(axes: Axes, arm: Searched, color: str) -> None:
+    """One arm's points, curve, band and limit."""
+    on_rates(axes)
+    rates = np.geomspace(min(arm.seen) / 1.5, max(arm.seen) * 1.5, 800)
+    m = arm.fit.quantile().value
+    bands = [arm.fit.quantile(share).exp() for share in SHARES]
+    low, high = ([min(max(edge, rates[0]), rates[-1]) for edge in ends]
+                 for ends in zip(*((band.low, band.high) for band in bands), strict=True))  # fmt: skip
+    axes.fill_betweenx(SHARES, low, high, color=color, alpha=0.16, linewidth=0, label="band")
+    if math.isfinite(m):
+        axes.plot(rates, expit((np.log(rates) - m) / arm.scale), color=color, linewidth=1.8, label="curve")
+    for rate, there in arm.seen.items():
+        share, counted = there.failed / there.sessions, rate >= arm.base
+        axes.plot(
+            [rate, rate],
+            proportion_interval(there.failed, there.sessions),
+            color=FAINT,
+            linewidth=1.6,
+            zorder=1,
+        )
+        inside = SOFT if counted else "white"
+        axes.plot([rate], [share], "o", color=SOFT, markerfacecolor=inside, markersize=4.5, zorder=3)
+    if math.isfinite(m):
+        ends = [max(arm.limit.low, rates[0]), min(arm.limit.high, rates[-1])]
+        axes.plot(ends, [0.5, 0.5], color=INK, linewidth=2.2, zorder=4, label="interval")
+        axes.plot([arm.limit.value], [0.5], "D", color=INK, markeredgecolor="white", markersize=6.5, zorder=5)
+    axes.set_ylim(-0.06, 1.06)
+    axes.set_yticks([0, 0.5, 1])
+    words = f"{arm.name}: half fail at {value_words(arm.limit)} ({percent(LEVEL)} {span(arm.limit)})"
+    axes.set_title(wrapped(words, 90), loc="left", fontsize=9.5, color=color, fontweight="bold")  # fmt: skip
+
+
+def search_figure(arms: Sequence[Searched]) -> Figure:
+    """A panel per arm: every trial in the order of the rates, with what they narrowed down."""
+    columns = min(2, len(arms))
+    lines = math.ceil(len(arms) / columns)
+    figure = blank(1.4 + 2.6 * lines)
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+    for axes, arm in zip(panels, arms, strict=False):
+        draw_search(axes, arm)
+    for axes in panels[len(arms) :]:
+        axes.remove()
+    figure.supylabel("learning rate", fontsize=9, color=INK)
+    entitle(figure, f"The search, rate by rate (n = {len(arms[0].sessions)} sessions at each)")
+    explain(
+        figure,
+        "Blue dots: sessions that trained; orange crosses: sessions that failed. The line goes from rate to "
+        "rate in the order of the search: outwards, halving, then around the limit. Grey band: the limit's "
+        f"{percent(LEVEL)} interval.",
+    )
+    return figure
+
+
+def draw_search(axes: Axes, arm: Searched) -> None:
+    """One arm's trials."""
+    quiet(axes, "y")
+    axes.set_yscale("log")
+    rates, n = list(arm.order), len(arm.sessions)
+    places = np.arange(1, len(rates) + 1)
+    axes.plot(places, rates, color=FAINT, linewidth=1.0, zorder=1)
+    low, high = max(arm.limit.low, min(rates) / 2), min(arm.limit.high, max(rates) * 2)
+    axes.axhspan(low, high, color="#e8e8e8", linewidth=0, zorder=0, label="interval")
+    aside = (np.arange(n) - (n - 1) / 2) * min(0.12, 0.7 / n)
+    for place, rate in zip(places, rates, strict=True):
+        failed = np.array([trial.failed for trial in arm.order[rate]], bool)
+        x, y = place + aside, np.full(n, rate)
+        axes.plot(x[~failed], y[~failed], "o", color=TRAINED, markersize=3.2, markeredgewidth=0)
+        axes.plot(x[failed], y[failed], "x", color=FAILED, markersize=3.8, markeredgewidth=1.1)
+    axes.set_xticks(places)
+    axes.set_xlabel("rates in the order tried")
+    axes.set_title(wrapped(arm.name, 40), loc="left", fontsize=9.5, color=INK, fontweight="bold")
+
+
+def range_figure(arms: Sequence[Searched], ranges: Sequence[Range], chance: Chance) -> Figure:
+    """Training loss against a rate that grows step by step, a line per arm, with each arm's limit below."""
+    figure = blank(4.4)
+    axes = figure.subplots()
+    on_rates(axes)
+    top = 1.6 * chance.loss
+    limits = {arm.name: arm.limit for arm in arms}
+    for i, found in enumerate(ranges):
+        color = CYCLE[(i + 1) % len(CYCLE)]
+        rates, losses = np.array(found.rates[: len(found.losses)]), np.array(found.losses)
+        axes.plot(rates, losses, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(rates, smoothed(losses), color=color, linewidth=1.8, label=found.arm)
+        if found.arm in limits and 0 < limits[found.arm].value < math.inf:
+            axes.plot([limits[found.arm].value], [0.03 * top], "^", color=color, markersize=7, clip_on=False)
+    axes.axhline(chance.loss, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+    axes.annotate("guessing", (1.0, chance.loss), (-2, 4), xycoords=axes.get_yaxis_transform(),
+                  textcoords="offset points", ha="right", fontsize=8, color=SOFT)  # fmt: skip
+    axes.set_ylim(0, top)
+    axes.set_xlabel("learning rate, growing with every step")
+    axes.set_ylabel("training loss (nats)", fontsize=9, color=INK)
+    axes.legend(frameon=False, fontsize=8.5, loc="upper left", ncols=min(4, len(ranges)))
+    entitle(figure, f"Learning-rate range test (one run of {len(ranges[0].rates)} steps an arm, session 0)")
+    explain(
+        figure,
+        f"Pale: each batch; bold: running mean ({SMOOTH:g}). A line that stops early had a loss that was "
+        "not finite. Triangles: the rate at which half of the sessions fail when every step has that rate.",
+    )
+    return figure
+
+
+def smoothed(losses: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> "list[float]":
+    """The running mean, corrected for its start."""
+    mean, out = 0.0, []
+    for step, loss in enumerate(losses, start=1):
+        mean = SMOOTH * mean + (1 - SMOOTH) * float(loss)
+        out.append(mean / (1 - SMOOTH**step))
+    return out
+
+
+def on_rates(axes: Axes) -> None:
+    """A log axis of rates."""
+    quiet(axes, "both")
+    axes.set_xscale("log")
+
+
+def entitle(figure: Figure, words: str) -> None:
+    """The title: what is shown, and n."""
+    figure.suptitle(wrapped(words, 88), x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
+
+
+def explain(figure: Figure, words: str) -> None:
+    """How to read it, below."""
+    figure.supxlabel(wrapped(words, 125), x=0.01, ha="left", fontsize=8, color=SOFT)

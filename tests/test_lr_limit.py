@@ -1,0 +1,381 @@
+"""The largest learning rate that still trains: the search, the curve, the trials, the door."""
+
+import csv
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from normbench import cli
+from normbench.lr_limit import figures
+from normbench.lr_limit import trial as trials
+from normbench.lr_limit.curve import Fit, cell_of, contradicts, difference_cells, proportion_interval
+from normbench.lr_limit.search import Grid, Seen, next_step
+from normbench.lr_limit.trial import Chance, Outcome, judged
+
+GRID = Grid(start=0.1, resolution=1.2, lowest=1e-5, highest=1e4)
+STEP = math.log(1.2)
+FINEST = STEP / 100
+
+
+def search(
+    failed: Callable[[float], int], grid: Grid = GRID, sessions: int = 8, finite: bool = True
+) -> dict[int, Seen]:
+    """All places that the search tries where so many of its sessions fail at a rate."""
+    seen: dict[int, Seen] = {}
+    while step := next_step(seen, grid):
+        assert step.place not in seen and grid.ends[0] <= step.place <= grid.ends[1]
+        count = failed(grid.rate(step.place))
+        seen[step.place] = Seen(sessions, count, 0 if finite else count)
+    return seen
+
+
+@pytest.mark.parametrize("limit", [3e-5, 0.02, 0.0999, 0.1, 0.7, 40.0, 9000.0])
+def test_the_search_ends_with_neighbours_around_the_limit(limit: float) -> None:
+    seen = search(lambda rate: 8 if rate > limit else 0)
+    lower = max(place for place, there in seen.items() if not there.failed)
+    assert GRID.rate(lower) <= limit < GRID.rate(lower + 1) and lower + 1 in seen
+    assert len(seen) <= 6 + 2 * abs(math.log(limit / 0.1)) / (8 * STEP)  # both sides, then halves
+
+
+def test_around_a_gradual_limit_it_tries_rates_until_none_and_all_fail() -> None:
+    seen = search(lambda rate: round(8 / (1 + (0.5 / rate) ** 3)))
+    counts = [seen[place].failed for place in sorted(seen)]
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 8
+    assert sum(0 < count < 8 for count in counts) >= 4
+
+
+def test_where_the_start_is_too_small_to_learn_it_looks_above_too() -> None:
+    seen = search(lambda rate: 0 if 0.8 < rate < 6 else 8)
+    trained = [GRID.rate(place) for place, there in seen.items() if not there.failed]
+    assert trained and 6 / 1.2 < max(trained) < 6
+
+
+def test_nothing_is_tried_above_a_rate_that_explodes() -> None:
+    seen = search(lambda rate: 8, finite=False)
+    assert max(seen) == 0 and min(seen) == GRID.ends[0]
+
+
+def test_it_ends_at_the_highest_rate_where_nothing_fails_and_tries_both_ends_where_all_does() -> None:
+    assert max(search(lambda rate: 0)) == GRID.ends[1]
+    seen = search(lambda rate: 8)
+    assert (min(seen), max(seen)) == GRID.ends
+
+
+def test_the_search_ends_whatever_it_sees() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        search(lambda rate: int(rng.integers(0, 9)), finite=bool(rng.integers(2)))
+
+
+@pytest.mark.parametrize("resolution", [1.01, 1.1, 1.2, 2.0, 4.0, 10.0])
+def test_the_brackets_stride_is_a_power_of_two_near_a_factor_4(resolution: float) -> None:
+    stride = Grid(0.1, resolution, 1e-5, 1e4).stride
+    assert stride & (stride - 1) == 0 and (stride == 1 or 4 <= resolution**stride < 16.1)
+
+
+def test_a_sessions_limit_lies_where_its_trials_change() -> None:
+    assert cell_of({1.0: False, 2.0: False, 4.0: True}) == (math.log(2), math.log(4))
+    assert cell_of({1.0: True, 2.0: True}) == (-math.inf, 0.0)
+    assert cell_of({1.0: False, 2.0: False}) == (math.log(2), math.inf)
+    odd = {1.0: False, 2.0: True, 4.0: False, 8.0: True}  # one trial is wrong wherever the limit is put
+    assert cell_of(odd) == (0.0, math.log(8)) and contradicts(odd)
+    strict = {1.0: False, 2.0: False, 4.0: True, 8.0: False, 16.0: True, 32.0: True}
+    assert cell_of(strict) == (math.log(2), math.log(16))
+
+
+def test_with_one_rate_a_session_it_is_logistic_regression() -> None:
+    import statsmodels.api as sm
+
+    rng = np.random.default_rng(3)
+    x = rng.normal(0.4, 0.8, 60)
+    failed = rng.random(60) < 1 / (1 + np.exp(-(x - 0.3) / 0.4))
+    a, b = sm.Logit(failed.astype(float), sm.add_constant(x)).fit(disp=False).params
+    cells = [(-math.inf, v) if bad else (v, math.inf) for v, bad in zip(x, failed, strict=True)]
+    fit = Fit(cells, 1e-3)
+    assert fit.quantile().value == pytest.approx(-a / b, abs=0.01)
+    assert fit.scale() == pytest.approx(1 / b, rel=0.1)  # of a grid of scales
+    at_90 = fit.quantile(0.9)
+    assert at_90.value == pytest.approx(-a / b + math.log(9) / b, abs=0.03)
+    assert at_90.low < at_90.value < at_90.high
+
+
+def test_complete_separation_gives_the_gap_and_no_more() -> None:
+    fit = Fit([(0.0, STEP)] * 8, FINEST)
+    found = fit.quantile()
+    assert (found.low, found.high) == pytest.approx((0.0, STEP), abs=STEP / 20)
+    assert found.value == pytest.approx(STEP / 2, abs=STEP / 20)
+    wide = fit.quantile(0.9)  # how steep it is nobody has seen
+    assert wide.high > STEP
+
+
+def test_two_sessions_give_a_wide_interval_and_one_gives_none() -> None:
+    two = Fit([(0.0, STEP), (3 * STEP, 4 * STEP)], FINEST).quantile()
+    eight = Fit([(0.0, STEP), (3 * STEP, 4 * STEP)] * 4, FINEST).quantile()
+    assert two.high - two.low > 2 * (eight.high - eight.low)
+    one = Fit([(0.0, STEP)], FINEST).quantile()
+    assert (one.low, one.high) == (-math.inf, math.inf)
+
+
+def test_limits_that_no_rate_bounds_are_infinite_not_invented() -> None:
+    found = Fit([(1.0, math.inf)] * 8, FINEST).quantile()
+    assert found.value == found.high == math.inf and found.low == pytest.approx(1.0, abs=0.05)
+    found = Fit([(-math.inf, 1.0)] * 8, FINEST).quantile()
+    assert found.value == found.low == -math.inf and found.high == pytest.approx(1.0, abs=0.05)
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    rng, hits = np.random.default_rng(1), 0
+    for _ in range(60):
+        cells = [(k * STEP, (k + 1) * STEP) for k in np.floor(rng.logistic(0.03, 0.2, 6) / STEP)]
+        found = Fit(cells, FINEST).quantile()
+        hits += found.low <= 0.03 <= found.high
+    assert hits >= 52  # of 60 at 0.95: fewer in one of 500 runs
+
+
+def test_ratios_pair_sessions_so_that_what_they_share_drops_out() -> None:
+    rng = np.random.default_rng(2)
+    shared = np.floor(rng.normal(0, 8, 10))
+    one = [((k + 10) * STEP, (k + 11) * STEP) for k in shared]
+    other = [(k * STEP, (k + 1) * STEP) for k in shared]
+    found = Fit(difference_cells(one, other), FINEST).quantile()
+    assert (found.low, found.high) == pytest.approx((9 * STEP, 11 * STEP), abs=STEP / 10)
+    same = Fit(difference_cells(one, one), FINEST).quantile()
+    assert same.low < 0 < same.high and same.value == pytest.approx(0, abs=STEP / 10)
+
+
+def test_wilsons_interval_of_a_share() -> None:
+    assert proportion_interval(0, 8) == pytest.approx((0, 0.3244), abs=1e-3)
+
+
+CHANCE = Chance(loss=2.3, acc=0.1, bound=0.13, part="test", images=360)
+
+
+@pytest.mark.parametrize(
+    ("losses", "loss", "acc", "reason"),
+    [([2.3] * 8 + [1.0] * 2, 1.0, 0.5, ""), ([1.0] * 8 + [2.3] * 2, 1.0, 0.5, "loss"),
+     ([1.0] * 10, 9.0, 0.13, "accuracy"), ([1.0] * 10, 9.0, 0.14, ""),
+     ([1.0] * 10, math.nan, 0.5, "non_finite"),
+     ([1.0], 1.0, 0.5, "")],
+)  # fmt: skip
+def test_what_counts_as_failure(losses: list[float], loss: float, acc: float, reason: str) -> None:
+    assert judged(losses, loss, acc, CHANCE).reason == reason
+
+
+TINY = ["model.width=2", "model.n=1", "dataset.train_subset=96", "dataset.test_subset=64", "steps=6"]
+
+
+def lr_limit(monkeypatch: pytest.MonkeyPatch, *arguments: str, fails: int = 0) -> None:
+    """Run the door in this process, by one thread unless told."""
+    threads = [] if any(argument.startswith("threads=") for argument in arguments) else ["threads=1"]
+    monkeypatch.setattr(sys, "argv", ["lr_limit", *TINY, *threads, *arguments])
+    if not fails:
+        cli.run("lr_limit")
+        return
+    with pytest.raises(SystemExit) as ended:
+        cli.run("lr_limit")
+    assert ended.value.code == fails
+
+
+def rows_of(path: Path, *but: str) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return [{key: value for key, value in row.items() if key not in but} for row in csv.DictReader(file)]
+
+
+TIMES = ("wall_s", "finished_at", "made_at")
+HERE = Path("outputs/lr_limit/here")
+
+
+def test_a_trial_is_the_session_that_train_runs(
+    monkeypatch: pytest.MonkeyPatch, train: Callable[..., Any]
+) -> None:
+    lr_limit(monkeypatch, "norm=obn", "sessions=2", "name=here", "resolution=4", "highest=0.5", "lowest=0.05")
+    found = [row for row in rows_of(HERE / "trials.csv") if row["rate"] == "0.1"]
+    train(
+        *TINY,
+        "threads=1",
+        "model=resnet_cifar",
+        "batch=bs16",
+        "optim/schedule=constant",
+        "session=1,0",
+        "tensorboard=false",
+    )
+    rows = {row["session"]: row for row in rows_of(Path("outputs/adhoc/results.csv"))}
+    assert [row["session"] for row in found] == ["0", "1"]
+    for row in found:
+        assert row["eval_acc"] == rows[row["session"]]["test_acc"]
+        assert row["eval_loss"] == rows[row["session"]]["test_loss"]
+    losses = [float(row["train_loss"]) for row in rows_of(HERE / "range.csv")]
+    assert 10 <= len(losses) <= 120 and all(map(math.isfinite, losses))
+
+
+def test_a_rate_that_explodes_ends_its_trial_and_the_model_serves_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prepared: list[object] = []
+    from normbench import preparing
+
+    prepare = preparing.prepare
+    monkeypatch.setattr(preparing, "prepare", lambda config: prepared.append(config) or prepare(config))
+    wide = [
+        "sessions=2",
+        "name=here",
+        "resolution=4",
+        "range.steps=null",
+        "optim.lr=1e6",
+        "highest=1e8",
+        "lowest=1e-2",
+    ]
+    lr_limit(monkeypatch, "norm=nn", *wide)
+    assert len(prepared) == 1
+    rows = rows_of(HERE / "trials.csv")
+    first = [row for row in rows if row["rate"] == "1000000.0"]
+    assert {row["reason"] for row in first} == {"non_finite"} and all(int(row["steps"]) < 6 for row in first)
+    assert float(max(rows, key=lambda row: float(row["rate"]))["rate"]) == 1e6
+    last = rows[-1]  # what a diverged session left behind is gone: the trial by itself gives the same
+    lr_limit(monkeypatch, "norm=nn", "sessions=2", "name=alone", "resolution=4", "range.steps=null",
+             f"optim.lr={last['rate']}", f"highest={float(last['rate']) * 1.01}",
+             f"lowest={float(last['rate']) * 0.99}")  # fmt: skip
+    alone = rows_of(Path("outputs/lr_limit/alone/trials.csv"))
+    assert [alone[1][key] for key in ("rate", "final_loss", "eval_loss")] == [
+        last[key] for key in ("rate", "final_loss", "eval_loss")
+    ]
+
+
+class Faked:
+    """Trials that fail above a limit of their session's own, without training; a KeyboardInterrupt after some."""
+
+    def __init__(self) -> None:
+        self.ran: list[tuple[int, float]] = []
+        self.stop_after: int | None = None
+
+    def trial(self, ready: Any, seeds: Any, rate: float, chance: Chance) -> Outcome:
+        if len(self.ran) == self.stop_after:
+            raise KeyboardInterrupt
+        self.ran.append((seeds.session, rate))
+        limit = (0.8 if ready == "nn" else 9.0) * 1.3**seeds.session
+        return Outcome("loss", 6, 3.0, 3.0, 0.1) if rate > limit else Outcome("", 6, 1.0, 1.0, 0.9)
+
+
+@pytest.fixture
+def faked(monkeypatch: pytest.MonkeyPatch) -> Faked:
+    fake = Faked()
+    monkeypatch.setattr(trials, "run_trial", fake.trial)
+    monkeypatch.setattr(trials, "range_test", lambda ready, seeds, rates: [2.0] * len(rates))
+    monkeypatch.setattr("normbench.preparing.prepare", lambda config: config.choices["norm"])
+    return fake
+
+
+def test_the_door_finds_the_limits_and_says_them(
+    monkeypatch: pytest.MonkeyPatch, faked: Faked, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lr_limit(monkeypatch, "norm=obn,nn", "sessions=4", "name=here")
+    said = capsys.readouterr().out
+    obn, nn = rows_of(HERE / "limits.csv")
+    truth = math.exp(np.mean([math.log(9.0 * 1.3**i) for i in range(4)]))
+    assert float(obn["limit_low"]) < truth < float(obn["limit_high"]) and obn["ratio"] == ""
+    assert float(obn["limit"]) == pytest.approx(truth, rel=0.15)
+    assert float(nn["ratio_low"]) < 0.8 / 9 < float(nn["ratio_high"]) and nn["verdict"] == "smaller"
+    assert float(nn["ratio_high"]) / float(nn["ratio_low"]) < 1.2**2.5  # pairs: their spread is the grid's
+    assert "obn tolerates a larger rate than nn: " in said and "obn: half of 4 sessions fail at " in said
+    assert "a session fails at a rate if a loss is not finite" in said and "they differ in norm\n" in said
+    rows = rows_of(HERE / "trials.csv")
+    assert len(rows) == len(faked.ran) == int(obn["trials"]) + int(nn["trials"])
+    assert {row["session"] for row in rows} == {"0", "1", "2", "3"}
+    for name in ("failure-curves", "search", "range-test"):
+        assert ElementTree.parse(HERE / f"{name}.svg").getroot().tag.endswith("svg")
+    drawn = (HERE / "failure-curves.svg").read_bytes()
+
+    faked.ran.clear()
+    lr_limit(monkeypatch, "norm=obn,nn", "sessions=4", "name=here")
+    assert not faked.ran and (HERE / "failure-curves.svg").read_bytes() == drawn
+    lr_limit(monkeypatch, "norm=obn,nn", "sessions=5", "name=here")
+    assert {session for session, _ in faked.ran} >= {4}
+    assert len(faked.ran) < len(rows)
+
+
+def test_a_killed_search_goes_on_and_ends_with_equal_results(
+    monkeypatch: pytest.MonkeyPatch, faked: Faked
+) -> None:
+    monkeypatch.setattr(figures, "draw", lambda *given: [])
+    command = ["norm=obn,nn", "sessions=3", "name=here"]
+    lr_limit(monkeypatch, *command)
+    limits, whole = rows_of(HERE / "limits.csv", *TIMES), rows_of(HERE / "trials.csv", *TIMES)
+    for path in HERE.iterdir():
+        path.unlink()
+    faked.ran.clear()
+    faked.stop_after = 7
+    lr_limit(monkeypatch, *command, fails=130)
+    assert len(faked.ran) == 7 and not (HERE / "limits.csv").exists()
+    with (HERE / "trials.csv").open("a") as file:
+        file.write("obn,abc")  # cut off in a row
+    faked.stop_after = None
+    lr_limit(monkeypatch, *command)
+    assert len(faked.ran) == len(whole)
+    assert rows_of(HERE / "trials.csv", *TIMES) == whole and rows_of(HERE / "limits.csv", *TIMES) == limits
+    assert not list(HERE.glob("claim-*"))
+
+
+def test_what_does_not_fit_is_refused_and_kept(
+    monkeypatch: pytest.MonkeyPatch, faked: Faked, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(figures, "draw", lambda *given: [])
+    command = ["norm=obn", "sessions=2", "name=here"]
+    lr_limit(monkeypatch, *command)
+    limits, table = (HERE / "limits.csv").read_bytes(), (HERE / "trials.csv").read_text()
+
+    def refused(words: str, *more: str) -> None:
+        capsys.readouterr()
+        lr_limit(monkeypatch, *command, *more, fails=2)
+        said = capsys.readouterr().err
+        assert words in said and said.count("\n") == 1
+        assert (HERE / "limits.csv").read_bytes() == limits
+
+    refused("has trials with threads 1, here it is 2; give another name=", "threads=2")
+    (HERE / "trials.csv").write_text(table.replace(",bracket,", ",bracket,,", 1))
+    refused("is damaged")
+    (HERE / "trials.csv").write_text("session,rate\n")
+    refused("is no table of trials")
+    (HERE / "trials.csv").write_text(table)
+    from normbench import claim
+
+    monkeypatch.setattr(claim, "take", lambda folder, row: None)
+    refused("another process searches there")
+
+
+def test_an_error_of_a_layer_is_one_line_and_keeps_the_trials(
+    monkeypatch: pytest.MonkeyPatch, faked: Faked, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_trial = trials.run_trial
+
+    def broken(ready: Any, seeds: Any, rate: float, chance: Chance) -> Outcome:
+        if len(faked.ran) == 3:
+            raise RuntimeError("my layer is broken")
+        return run_trial(ready, seeds, rate, chance)
+
+    monkeypatch.setattr(trials, "run_trial", broken)
+    lr_limit(monkeypatch, "norm=obn", "sessions=2", "name=here", fails=1)
+    said = capsys.readouterr().err
+    assert said.startswith("obn: RuntimeError: my layer is broken; more in") and said.count("\n") == 1
+    assert len(rows_of(HERE / "trials.csv")) == 3 and "broken" in (HERE / "failure.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [("optim.lr=0.1,1", "optim.lr is where that starts"), ("sessions=4,8", "sessions is one for all arms"),
+     ("model=resnet_cifar,resnet9", "arms share model"), ("norm=obn,obn", "two arms are one setting"),
+     ("lowest=1", "must rise"), ("range.low=200", "must be below range.high=100"),
+     ("session=0", "did you mean 'sessions'?"), ("resolution=1", "resolution must be a number"),
+     ("epochs=2", "exclude each other"), ("name=a/b", "name must be a word")],
+)  # fmt: skip
+def test_slips_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str, said: str
+) -> None:
+    lr_limit(monkeypatch, *arguments.split(), fails=2)
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1 and not Path("outputs").exists()
