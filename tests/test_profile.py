@@ -199,6 +199,7 @@ def test_a_strangers_layer_is_profiled_and_its_bytes_are_found(profile: Run) -> 
         (['arms=["norm=obn"]', "norm=mbn"], "norm: set by arms='norm=obn'; leave it out of the command"),
         (['arms=["rounds=3"]'], "arms: 'rounds=3' sets rounds, which is one for all arms"),
         (["arms=3"], "arms must be a list like"),
+        (["model.norm_layers=none"], "the model has no norm layers"),
         (["norm=gn", "norm.num_groups=6"], "num_groups=6 does not divide num_features=64"),
     ],
 )
@@ -323,3 +324,4 @@ def test_the_interval_of_a_gap_needs_six_rounds() -> None:
     assert row["agrees"] is True and row["relu_inside_median_s"] == 1
     row = record.step_row(arm, {"step_s": [7.0] * 7, "relus": relus})
     assert row["gap"] == pytest.approx(-0.1) and row["agrees"] is False
+    assert record.agreement(-0.3, 0.2, 0.25) is None and record.agreement(-0.1, 0.2, 0.25) is True

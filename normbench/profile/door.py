@@ -40,7 +40,10 @@ def run(composer: Composer, master: DictConfig, arguments: Sequence[str]) -> Non
 
     for arm in arms:
         check_builds(arm.config)
-    check_layers(str(values["compare"]), theirs, len(norm_layers_of(build(arms[0].config))))
+    layers = len(norm_layers_of(build(arms[0].config)))
+    if not layers:
+        raise Refused("the model has no norm layers; choose others with model.norm_layers")
+    check_layers(str(values["compare"]), theirs, layers)
     body = new_body(arms, values, choices, folder.name)
     interrupted = False
     try:
@@ -51,7 +54,8 @@ def run(composer: Composer, master: DictConfig, arguments: Sequence[str]) -> Non
         interrupted = True
         if not body["arms"]:
             folder.rmdir()
-            raise
+            say("interrupted; nothing was measured yet", error=True)
+            sys.exit(130)
         finish(body, None, theirs, folder)
     except CannotRun as why:
         folder.rmdir()
@@ -191,7 +195,8 @@ def finish(body: Body, own: "Mapping[str, Steps] | None", theirs: Sequence[Serie
     except OSError as error:
         raise Refused(f"the results cannot be written: {line_of(error)}") from error
     tables.show(body)
-    say(f"\nwritten: {folder}/layers.csv, steps.csv, profile.json, trace.json, tensorboard/, *.svg")
+    trace = "" if own is None else "trace.json, tensorboard/, "
+    say(f"\nwritten: {folder}/layers.csv, steps.csv, profile.json, {trace}*.svg")
 
 
 def write_page(page: Path, bodies: Sequence[Body]) -> None:

@@ -54,8 +54,9 @@ own.
   and taken off the sum of the layers, not off their rows.
 - **Agreement.** Each round gives the layers' share less the difference's share. Their median has an
   interval from order statistics (95 %, 6 rounds or more, nothing assumed of their distribution); the two
-  agree where it contains 0. The difference also holds what no layer's own time can: calls of modules, the
-  update of the norms' parameters, and what caches and allocator do for the layers in between."""
+  agree where it contains 0, and nothing is said where it is so wide that it contains the whole share too.
+  The difference also holds what no layer's own time can: calls of modules, the update of the norms'
+  parameters, and what caches and allocator do for the layers in between."""
 PLACES = {
     "layers-model": "Forward and backward time of every norm layer inside the running step",
     "layers-alone": "Forward and backward time of every norm layer alone",
@@ -118,7 +119,7 @@ def step_line(row: Row) -> list[str]:
     if row["gap_low"] is None:
         return [*cells, f"{row['gap']:+.2%}, no interval", "–"]
     interval = f"{row['gap']:+.2%} ({row['gap_low']:+.2%} to {row['gap_high']:+.2%})"
-    return [*cells, interval, "yes" if row["agrees"] else "no"]
+    return [*cells, interval, {True: "yes", False: "no", None: "cannot tell"}[row["agrees"]]]
 
 
 def spread_ms(row: Row, name: str, end: str) -> str:
