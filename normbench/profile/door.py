@@ -19,6 +19,7 @@ from normbench.plan import utc_now, write_json, write_whole
 from normbench.profile import record
 from normbench.profile.arms import Arm, arms_of
 from normbench.profile.compare import Series, check_layers, read_times
+from normbench.sweep import count
 from normbench.values import Refused
 
 if TYPE_CHECKING:
@@ -158,7 +159,8 @@ def measure(arms: Sequence[Arm], values: Values, body: Body) -> "dict[str, Steps
     pace, began = measuring.Pace.of(values["rounds"], values["quick"]), time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the layers' own, as in a session
-        say(f"{len(arms)} arms, {body['model']} at {sized(body['image'])}: steps with and without norms")
+        what = f"{count(len(arms), 'arm')}, {body['model']} at {sized(body['image'])}"
+        say(f"{what}: steps with and without norms")
         own, without, twins = measuring.prepared_steps(arms)
         times, share = measuring.measure_steps(own, without, pace)
         body["cpu_share"] = round(share, 3)

@@ -73,7 +73,7 @@ def show(body: Body) -> None:
         console.print(rich(arm["arm"], COLUMNS, lines))
         console.print()
     console.print(rich("steps", STEP_COLUMNS, map(step_line, step_rows(body))))
-    said = " ".join([*about(body), crowded(body)]).replace("*", "").replace("\n", " ")
+    said = " ".join([*about(body), *missing(body), crowded(body)]).replace("*", "").replace("\n", " ")
     console.print("\n" + said, style="dim", markup=False, width=110)
 
 
@@ -143,6 +143,15 @@ def percent(spread: Spread) -> str:
     return f"{100 * spread.median:.2f} % ({100 * spread.p20:.2f}–{100 * spread.p80:.2f})"
 
 
+def missing(body: Body) -> Iterator[str]:
+    """Why layers have no times alone, each reason once."""
+    alone = {likeness: one for group in body["alone"] for likeness, one in group["layers"].items()}
+    for arm in body["arms"]:
+        reasons = {alone[layer["alike"]]["missing"] for layer in arm["layers"] if layer["alike"] in alone}
+        for reason in sorted(filter(None, reasons)):
+            yield f"{arm['arm']} cannot be measured alone: {reason}."
+
+
 def crowded(body: Body) -> str:
     """A sentence where other work took processor time from the steps."""
     machine, share = body["machine"], body["cpu_share"]
@@ -191,6 +200,7 @@ def section(body: Body, folder: str, label: str) -> Iterator[str]:
         yield "This machine has no CUDA device: timing by CUDA events is untested here."
     yield ""
     yield from about(body)
+    yield from missing(body)
     yield ""
     yield from markdown_table(STEP_COLUMNS, map(step_line, step_rows(body)))
     for name, what in PLACES.items():
