@@ -3,7 +3,9 @@
 import csv
 import gzip
 import json
+import signal
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from rows import hear_ctrl_c
 from torch import Tensor, nn
 
 from normbench import cli
@@ -199,6 +202,7 @@ def test_a_strangers_layer_is_profiled_and_its_bytes_are_found(profile: Run) -> 
         (['arms=["norm=obn"]', "norm=mbn"], "norm: set by arms='norm=obn'; leave it out of the command"),
         (['arms=["rounds=3"]'], "arms: 'rounds=3' sets rounds, which is one for all arms"),
         (["arms=3"], "arms must be a list like"),
+        (["model.norm_layers=none"], "the model has no norm layers"),
         (["norm=gn", "norm.num_groups=6"], "num_groups=6 does not divide num_features=64"),
     ],
 )
@@ -249,6 +253,33 @@ def test_another_profile_is_drawn_over_ours(profile: Run) -> None:
     first = profile("norm=mbn", "stride=2", "name=first")
     second = profile("norm=mbn", "stride=2,4", "name=second", "--compare", str(first / "layers.csv"))
     assert (second / "compare.svg").is_file() and not (first / "compare.svg").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_was_measured() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "normbench.profile",
+        "model.width=2",
+        "rounds=30",
+        "name=cut",
+        "device=cpu",
+    ]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=hear_ctrl_c)  # fmt: skip
+    assert running.stdout is not None
+    for line in running.stdout:
+        if line.endswith("layers alone\n"):
+            break
+    running.send_signal(signal.SIGINT)
+    _, error = running.communicate(timeout=60)
+    assert running.returncode == 130 and error == "interrupted; what was measured is in outputs/profile/cut\n"
+    rows = rows_of(Path("outputs/profile/cut/layers.csv"))
+    assert {"model"} <= {row["place"] for row in rows} and len(rows) < 16
+    (row,) = rows_of(Path("outputs/profile/cut/steps.csv"))
+    assert row["rounds"] == "30"
+    assert not json.loads(Path("outputs/profile/cut/profile.json").read_text())["complete"]
 
 
 @pytest.mark.parametrize(
@@ -323,3 +354,4 @@ def test_the_interval_of_a_gap_needs_six_rounds() -> None:
     assert row["agrees"] is True and row["relu_inside_median_s"] == 1
     row = record.step_row(arm, {"step_s": [7.0] * 7, "relus": relus})
     assert row["gap"] == pytest.approx(-0.1) and row["agrees"] is False
+    assert record.agreement(-0.3, 0.2, 0.25) is None and record.agreement(-0.1, 0.2, 0.25) is True

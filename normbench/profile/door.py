@@ -19,6 +19,7 @@ from normbench.plan import utc_now, write_json, write_whole
 from normbench.profile import record
 from normbench.profile.arms import Arm, arms_of
 from normbench.profile.compare import Series, check_layers, read_times
+from normbench.sweep import count
 from normbench.values import Refused
 
 if TYPE_CHECKING:
@@ -40,7 +41,10 @@ def run(composer: Composer, master: DictConfig, arguments: Sequence[str]) -> Non
 
     for arm in arms:
         check_builds(arm.config)
-    check_layers(str(values["compare"]), theirs, len(norm_layers_of(build(arms[0].config))))
+    layers = len(norm_layers_of(build(arms[0].config)))
+    if not layers:
+        raise Refused("the model has no norm layers; choose others with model.norm_layers")
+    check_layers(str(values["compare"]), theirs, layers)
     body = new_body(arms, values, choices, folder.name)
     interrupted = False
     try:
@@ -51,7 +55,8 @@ def run(composer: Composer, master: DictConfig, arguments: Sequence[str]) -> Non
         interrupted = True
         if not body["arms"]:
             folder.rmdir()
-            raise
+            say("interrupted; nothing was measured yet", error=True)
+            sys.exit(130)
         finish(body, None, theirs, folder)
     except CannotRun as why:
         folder.rmdir()
@@ -154,7 +159,8 @@ def measure(arms: Sequence[Arm], values: Values, body: Body) -> "dict[str, Steps
     pace, began = measuring.Pace.of(values["rounds"], values["quick"]), time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the layers' own, as in a session
-        say(f"{len(arms)} arms, {body['model']} at {sized(body['image'])}: steps with and without norms")
+        what = f"{count(len(arms), 'arm')}, {body['model']} at {sized(body['image'])}"
+        say(f"{what}: steps with and without norms")
         own, without, twins = measuring.prepared_steps(arms)
         times, share = measuring.measure_steps(own, without, pace)
         body["cpu_share"] = round(share, 3)
@@ -191,7 +197,8 @@ def finish(body: Body, own: "Mapping[str, Steps] | None", theirs: Sequence[Serie
     except OSError as error:
         raise Refused(f"the results cannot be written: {line_of(error)}") from error
     tables.show(body)
-    say(f"\nwritten: {folder}/layers.csv, steps.csv, profile.json, trace.json, tensorboard/, *.svg")
+    trace = "" if own is None else "trace.json, tensorboard/, "
+    say(f"\nwritten: {folder}/layers.csv, steps.csv, profile.json, {trace}*.svg")
 
 
 def write_page(page: Path, bodies: Sequence[Body]) -> None:

@@ -22,6 +22,7 @@ from normbench.profile.traffic import units_of
 from normbench.profile.watching import Seen, watched, watched_relus
 from normbench.seeds import Seeds
 from normbench.training import Prepared, autocast, start, train_step
+from normbench.values import Refused
 
 Body = dict[str, Any]
 STEP, OBSERVED = "step", "observed step"
@@ -111,7 +112,15 @@ class Steps:
 
 def prepared_steps(arms: Sequence[Arm]) -> tuple[dict[str, Steps], dict[str, Steps], dict[str, str]]:
     """Every arm's model, the models without norms by a name, and which of them is each arm's."""
-    own = {arm.name: Steps(prepare(arm.config)) for arm in arms}
+    own: dict[str, Steps] = {}
+    for arm in arms:
+        try:
+            own[arm.name] = Steps(prepare(arm.config))
+        except (ValueError, TypeError, RuntimeError) as error:
+            if isinstance(error, Refused):
+                raise
+            line = next(iter(str(error).splitlines()), "")
+            raise CannotRun(f"{arm.name}: {type(error).__name__}: {line}") from error
     without: dict[str, Steps] = {}
     names: dict[str, str] = {}
     for arm in arms:

@@ -138,7 +138,8 @@ def step_row(arm: Body, without: Body) -> Row:
 
     `gap` is the share by layers less the share by difference: the rounds' median and its interval, which
     takes nothing for granted about their distribution (the rounds' order statistics, 95 %). Agreeing means
-    that the interval contains 0; fewer than 6 rounds have none.
+    that the interval contains 0 and is narrow enough to tell norms from none: it excludes the gap that layers
+    without any time would have. Neither is said where it contains both, or with fewer than 6 rounds.
     """
     step, bare = arm["step_s"], without["step_s"]
     inside = [layer["layer"] for layer in arm["layers"] if layer["relu_inside"]]
@@ -159,9 +160,16 @@ def step_row(arm: Body, without: Body) -> Row:
         "gap": Spread.of(gaps).median,
         "gap_low": low,
         "gap_high": high,
-        "agrees": None if low is None or high is None else low <= 0 <= high,
+        "agrees": agreement(low, high, Spread.of(by_difference).median),
         "observing": Spread.of_ratio(arm["observed_step_s"], step).median - 1,
     }
+
+
+def agreement(low: float | None, high: float | None, share: float) -> bool | None:
+    """Whether the interval of a gap contains 0; None where it contains the whole share just as well."""
+    if low is None or high is None or low <= min(0.0, -share) <= max(0.0, -share) <= high:
+        return None
+    return low <= 0 <= high
 
 
 def summed(columns: Sequence[Sequence[float]], like: Sequence[float]) -> list[float]:

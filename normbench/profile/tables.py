@@ -54,8 +54,9 @@ own.
   and taken off the sum of the layers, not off their rows.
 - **Agreement.** Each round gives the layers' share less the difference's share. Their median has an
   interval from order statistics (95 %, 6 rounds or more, nothing assumed of their distribution); the two
-  agree where it contains 0. The difference also holds what no layer's own time can: calls of modules, the
-  update of the norms' parameters, and what caches and allocator do for the layers in between."""
+  agree where it contains 0, and nothing is said where it is so wide that it contains the whole share too.
+  The difference also holds what no layer's own time can: calls of modules, the update of the norms'
+  parameters, and what caches and allocator do for the layers in between."""
 PLACES = {
     "layers-model": "Forward and backward time of every norm layer inside the running step",
     "layers-alone": "Forward and backward time of every norm layer alone",
@@ -72,7 +73,7 @@ def show(body: Body) -> None:
         console.print(rich(arm["arm"], COLUMNS, lines))
         console.print()
     console.print(rich("steps", STEP_COLUMNS, map(step_line, step_rows(body))))
-    said = " ".join([*about(body), crowded(body)]).replace("*", "").replace("\n", " ")
+    said = " ".join([*about(body), *missing(body), crowded(body)]).replace("*", "").replace("\n", " ")
     console.print("\n" + said, style="dim", markup=False, width=110)
 
 
@@ -118,7 +119,7 @@ def step_line(row: Row) -> list[str]:
     if row["gap_low"] is None:
         return [*cells, f"{row['gap']:+.2%}, no interval", "–"]
     interval = f"{row['gap']:+.2%} ({row['gap_low']:+.2%} to {row['gap_high']:+.2%})"
-    return [*cells, interval, "yes" if row["agrees"] else "no"]
+    return [*cells, interval, {True: "yes", False: "no", None: "cannot tell"}[row["agrees"]]]
 
 
 def spread_ms(row: Row, name: str, end: str) -> str:
@@ -140,6 +141,15 @@ def in_unit(spread: Spread) -> str:
 def percent(spread: Spread) -> str:
     """`3.1 % (3.0–3.2)`."""
     return f"{100 * spread.median:.2f} % ({100 * spread.p20:.2f}–{100 * spread.p80:.2f})"
+
+
+def missing(body: Body) -> Iterator[str]:
+    """Why layers have no times alone, each reason once."""
+    alone = {likeness: one for group in body["alone"] for likeness, one in group["layers"].items()}
+    for arm in body["arms"]:
+        reasons = {alone[layer["alike"]]["missing"] for layer in arm["layers"] if layer["alike"] in alone}
+        for reason in sorted(filter(None, reasons)):
+            yield f"{arm['arm']} cannot be measured alone: {reason}."
 
 
 def crowded(body: Body) -> str:
@@ -190,6 +200,7 @@ def section(body: Body, folder: str, label: str) -> Iterator[str]:
         yield "This machine has no CUDA device: timing by CUDA events is untested here."
     yield ""
     yield from about(body)
+    yield from missing(body)
     yield ""
     yield from markdown_table(STEP_COLUMNS, map(step_line, step_rows(body)))
     for name, what in PLACES.items():
