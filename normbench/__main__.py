@@ -14,6 +14,7 @@ DOORS = {
     "audit": "check one norm layer, yours included, against the contract",
     "bench": "how fast the layers, a step, the data, sweeps are: ratios with spread",
     "stats": "compare the arms of a study",
+    "report": "a study on one page: finding, tables, figures, warnings, provenance",
     "status": "what a sweep has done, is doing, has failed; time to go",
     "results": "rebuild results.csv from the sessions' own files",
 }

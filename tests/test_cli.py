@@ -15,7 +15,9 @@ def normbench(*arguments: str, **environment: str) -> subprocess.CompletedProces
 
 def test_help_lists_the_doors() -> None:
     said = normbench().stdout
-    assert all(f"\n  {door} " in said for door in ("train", "audit", "bench", "stats", "status", "results"))
+    assert all(
+        f"\n  {door} " in said for door in ("train", "audit", "bench", "stats", "report", "status", "results")
+    )
 
 
 def test_a_wrong_door_is_one_line() -> None:
@@ -23,14 +25,14 @@ def test_a_wrong_door_is_one_line() -> None:
     assert done.returncode == 2 and done.stdout == ""
     assert (
         done.stderr == "normbench: no door 'trian'; did you mean 'train'?; "
-        "there are train, audit, bench, stats, status, results\n"
+        "there are train, audit, bench, stats, report, status, results\n"
     )
 
 
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("normbench ", ["train", "audit", "bench", "stats", "status", "results"]),
+        ("normbench ", ["train", "audit", "bench", "stats", "report", "status", "results"]),
         ("normbench tr", ["train"]),
         ("normbench train norm=gh", ["norm=ghost"]),
         ("normbench audit norm=gh", ["norm=ghost"]),
@@ -76,7 +78,7 @@ DEAR = {"torch", "torchvision", "sklearn", "scipy", "statsmodels", "matplotlib",
     ("command", "code"),
     [("train --help", 0), ("train epoch=3", 2), ("train norm=xyz", 2), ("train optim.lr=-1", 2),
      ("train batch=bs3", 2), ("audit --help", 0), ("audit norm=xyz", 2), ("stats --help", 0),
-     ("stats nowhere", 2), ("status --help", 0), ("status nowhere", 2), ("results nowhere", 2),
+     ("stats nowhere", 2), ("report --help", 0), ("report nowhere", 2), ("report --alpha 2", 2), ("status --help", 0), ("status nowhere", 2), ("results nowhere", 2),
      ("worker nowhere", 2)],
 )  # fmt: skip
 def test_help_and_mistakes_import_nothing_dear(command: str, code: int, tmp_path: Path) -> None:
