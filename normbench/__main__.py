@@ -17,6 +17,7 @@ DOORS = {
     "profile": "what a model's norm layers cost, alone and inside the running step",
     "stats": "compare the arms of a study",
     "traces": "figures of what trace=norms and trace=features saw",
+    "report": "a study on one page: finding, tables, figures, warnings, provenance",
     "status": "what a sweep has done, is doing, has failed; time to go",
     "predict": "predict images with a session's weights; accuracy, F1, confusion where labels are known",
     "results": "rebuild results.csv from the sessions' own files",

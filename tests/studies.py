@@ -140,7 +140,8 @@ def write_profile(folder: Path, arms: Sequence[str], layers: int = 8) -> Path:
                      0.025, 1,
                      "cpu", "AMD EPYC", "", "2.15.0", "", "2026-11-22T01:00:00Z"])  # fmt: skip
     head = """model dataset arm norm norm_options stride layer layer_index shape channels_last precision
-        batch_size place fused forward_median_s forward_p20_s forward_p80_s backward_median_s backward_p20_s backward_p80_s
+        batch_size place fused forward_median_s forward_p20_s forward_p80_s
+        backward_median_s backward_p20_s backward_p80_s
         forward_bytes backward_bytes forward_gb_per_s backward_gb_per_s copy_gb_per_s peak_memory_mib
         forward_operators backward_operators share_of_step share_p20 share_p80 threads device device_name
         driver_version torch_version cuda_version made_at""".split()  # noqa: SIM905

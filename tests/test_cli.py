@@ -81,12 +81,13 @@ DEAR = {"torch", "torchvision", "sklearn", "scipy", "statsmodels", "matplotlib",
      ("profile model=xyz", 2), ("profile --compare nowhere", 2), ("profile stride=4", 2),
      ("stats --help", 0), ("lr_limit --help", 0), ("lr_limit norm=xyz", 2),
      ("lr_limit session=3", 2), ("lr_limit resolution=1", 2), ("lr_limit sessions=4,8", 2),
-     ("lr_limit optim.lr=0.1,1", 2), ("lr_limit lowest=1", 2),
-     ("stats nowhere", 2), ("status --help", 0), ("status nowhere", 2), ("results nowhere", 2),
-     ("predict --help", 0), ("predict nowhere --split test", 2), ("predict . --split test", 2),
+     ("lr_limit optim.lr=0.1,1", 2), ("lr_limit lowest=1", 2), ("stats nowhere", 2),
+     ("status --help", 0), ("status nowhere", 2), ("results nowhere", 2), ("predict --help", 0),
+     ("predict nowhere --split test", 2), ("predict . --split test", 2),
      ("predict . --split tset", 2), ("predict . --dataset cifar --split test", 2),
      ("worker nowhere", 2), ("traces --help", 0), ("traces nowhere", 2),
-     ("train trace=norm", 2), ("train traces.channels=0", 2)],
+     ("train trace=norm", 2), ("train traces.channels=0", 2), ("report --help", 0),
+     ("report nowhere", 2), ("report --alpha 2", 2)],
 )  # fmt: skip
 def test_help_and_mistakes_import_nothing_dear(command: str, code: int, tmp_path: Path) -> None:
     # on an idle machine each answers in under a second; torch alone takes two

@@ -23,7 +23,8 @@ def read_curves(arms: Sequence[ArmFiles], notices: list[str]) -> Curves:
     found = {}
     for arm in arms:
         tables = [table for folder in arm.sessions if (table := read_one(folder, notices)) is not None]
-        found[arm.label] = pd.concat(tables) if tables else pd.DataFrame(columns=["epoch", *SHOWN])
+        nothing = pd.DataFrame(columns=["epoch", *SHOWN], dtype=float)
+        found[arm.label] = pd.concat(tables) if tables else nothing
     return found
 
 
@@ -69,6 +70,8 @@ def curves_figure(curves: Curves, column: str, title: str, width: float) -> Figu
         lowest = min(float(y.min()) for _, y in shown.values())
         if lowest > 0:
             panels[0].set_yscale("log")
+            for axes in panels:
+                axes.minorticks_off()
     below(figure, panels, "epoch")
     sizes = [curves[arm]["session"].nunique() for arm in shown]
     entitle(figure, title, f"{SHOWN[column]} over the epochs", spoken(sizes, "sessions an arm"))

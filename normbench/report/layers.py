@@ -86,7 +86,10 @@ def read_profile(folder: Path) -> Profile:
         )
     if layers.empty:
         raise Refused(f"{folder / 'layers.csv'} has no rows")
-    numbers = ["layer_index", *(c for c in layers if c.endswith(("_s", "_bytes", "_mib")) or c in TIMES)]
+    numbers = [
+        "layer_index",
+        *(c for c in map(str, layers) if c.endswith(("_s", "_bytes", "_mib")) or c in TIMES),
+    ]
     for column in numbers:
         layers[column] = pd.to_numeric(layers[column], errors="coerce")
     for column in ("arm", "layer", "place"):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 from normbench.stats.figures import CYCLE, INK, NARROW, blank, quiet, wrapped
 
 Floats = NDArray[np.float64]
-STYLES = ("-", "--", ":", "-.")  # an eighth arm has the first's colour, and other dashes
+Style = Literal["-", "--", ":", "-."]
+STYLES: tuple[Style, ...] = ("-", "--", ":", "-.")  # an eighth arm has the first's colour, and other dashes
 MOST_STEPS = 120  # points of a line
 
 
@@ -21,7 +23,7 @@ def colour_of(place: int) -> str:
     return CYCLE[place % len(CYCLE)]
 
 
-def style_of(place: int) -> str:
+def style_of(place: int) -> Style:
     """An arm's dashes."""
     return STYLES[place // len(CYCLE) % len(STYLES)]
 

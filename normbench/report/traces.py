@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -78,7 +79,7 @@ def read_table(path: Path, columns: Sequence[str], notices: list[str]) -> Table 
         missing = [column for column in columns if column not in table]
         if missing:
             raise ValueError(f"no column {missing[0]!r}")
-        for column in table.columns.difference(TEXTS):
+        for column in table.columns.difference(list(TEXTS)):
             table[column] = table[column].astype(float)
     except (ValueError, pd.errors.ParserError) as error:
         notices.append(f"{path} cannot be read: {str(error).splitlines()[0]}")
@@ -129,7 +130,7 @@ def channels_of(tables: Mapping[str, Table]) -> str:
 
 def over(table: Table, by: str, column: str, quantiles: Sequence[float]) -> tuple[Floats, Floats]:
     """Steps, and the quantiles over all else: (steps,) and (steps, quantiles)."""
-    found = table[table[column].notna()].groupby(by)[column].quantile(list(quantiles)).unstack()
+    found = table[table[column].notna()].groupby(by)[column].quantile(np.array(quantiles)).unstack()
     return found.index.to_numpy(float), found.to_numpy(float).reshape(-1, len(quantiles))
 
 
