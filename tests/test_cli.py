@@ -37,7 +37,7 @@ def test_a_wrong_door_is_one_line() -> None:
         ("normbench lr_limit norm=gh", ["norm=ghost"]),
         ("normbench lr_limit reso", ["resolution="]),
         ("normbench bench rou", ["rounds="]),
-        ("normbench profile norm=mbn st", ["stride="]),
+        ("normbench profile norm=mbn norm.str", ["norm.stride="]),
         ("normbench train norm=mbn norm.str", ["norm.stride="]),
         ("normbench train dataset=ci", ["dataset=cifar10", "dataset=cifar100"]),
         ("normbench stats out", []),

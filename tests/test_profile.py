@@ -197,7 +197,7 @@ def test_a_strangers_layer_is_profiled_and_its_bytes_are_found(profile: Run) -> 
             "join=nowhere: no such file; give the folder of an earlier profile",
         ),
         (["join=[nowhere]"], "join=nowhere: no such file"),
-        (["name=../x"], "name must be a word that can name a folder, got '../x'"),
+        (["name=../x"], "name must be a word of letters, digits and . + = ~ - _, got '../x'"),
         (["page=."], "page=. is no file's name"),
         (['arms=["norm=obn"]', "norm=mbn"], "norm: set by arms='norm=obn'; leave it out of the command"),
         (['arms=["rounds=3"]'], "arms: 'rounds=3' sets rounds, which is one for all arms"),
