@@ -78,7 +78,9 @@ DEAR = {"torch", "torchvision", "sklearn", "scipy", "statsmodels", "matplotlib",
     ("command", "code"),
     [("train --help", 0), ("train epoch=3", 2), ("train norm=xyz", 2), ("train optim.lr=-1", 2),
      ("train batch=bs3", 2), ("audit --help", 0), ("audit norm=xyz", 2), ("stats --help", 0),
-     ("stats nowhere", 2), ("report --help", 0), ("report nowhere", 2), ("report --alpha 2", 2), ("status --help", 0), ("status nowhere", 2), ("results nowhere", 2),
+     ("stats nowhere", 2),
+     ("report --help", 0), ("report nowhere", 2), ("report --alpha 2", 2),
+     ("status --help", 0), ("status nowhere", 2), ("results nowhere", 2),
      ("worker nowhere", 2)],
 )  # fmt: skip
 def test_help_and_mistakes_import_nothing_dear(command: str, code: int, tmp_path: Path) -> None:
