@@ -87,10 +87,14 @@ def refused(report: Runner, capsys: pytest.CaptureFixture[str]) -> Callable[...,
     return run
 
 
+def nothing_drawn(sketches: list[object], *given: object) -> list[None]:
+    return [None] * len(sketches)
+
+
 @pytest.fixture
-def one_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw nothing: what is tested is what is said."""
-    monkeypatch.setattr("normbench.report.sections.drawing_of", lambda *given: None)
+    monkeypatch.setattr("normbench.report.sections.drawings_of", nothing_drawn)
 
 
 @pytest.mark.slow
@@ -124,7 +128,7 @@ def test_the_page_says_what_stats_found(report: Runner, monkeypatch: pytest.Monk
     assert "data-reload" not in (study / "report.html").read_text() and page.scripts == 1
 
 
-@pytest.mark.usefixtures("one_figure")
+@pytest.mark.usefixtures("no_figures")
 def test_the_finding_names_every_arm_under_its_verdict(report: Runner) -> None:
     study = make_study(Path("outputs"), ARMS, 12)
     text = report(study, "--margin", "test_acc=0.01", "--format", "md")
@@ -133,7 +137,7 @@ def test_the_finding_names_every_arm_under_its_verdict(report: Runner) -> None:
     assert "equivalent within ±0.01: mbn-stride2; time per epoch against obn: different: " in finding
 
 
-@pytest.mark.usefixtures("one_figure")
+@pytest.mark.usefixtures("no_figures")
 def test_warnings_what_ran_and_differences_are_told_by_arm(report: Runner) -> None:
     study = make_study(Path("outputs"), ARMS, 3)
     warn(study / "mbn-stride2-resnet9-digits-0000000001" / "s1", "norm.stride=2 changed nothing")
@@ -179,7 +183,7 @@ def test_hostile_names_stay_text(report: Runner, monkeypatch: pytest.MonkeyPatch
     assert any("<img src=x onerror=alert(1)>,$a$" in words for words in page.texts["text"])
     for file in (study / "figures").iterdir():
         assert "<script" not in file.read_text() and "<img" not in file.read_text()
-    monkeypatch.setattr("normbench.report.sections.drawing_of", lambda *given: None)
+    monkeypatch.setattr("normbench.report.sections.drawings_of", nothing_drawn)
     markdown = report(study, "--format", "md")
     assert "<script" not in markdown and "<img" not in markdown and "&lt;img" in markdown
 
@@ -197,13 +201,13 @@ def test_a_label_that_looks_like_a_colour_stays(tmp_path: Path) -> None:
         figure.text(0.1, 0.5, "style=\"fill: #222222;\" <b> 'DejaVu Sans'", color="#222222")
         return figure
 
-    drawn = drawing.drawing_of("one", make, 'an "alt" <b>', tmp_path)
+    drawn = drawing.drawing_of(drawing.Sketch("one", make, 'an "alt" <b>'), tmp_path)
     assert drawn is not None
     assert "fill: #222222;\" &lt;b&gt; 'DejaVu Sans'" in drawn.wide and "fill: var(--c222222)" in drawn.wide
     assert "&quot;alt&quot; &lt;b&gt;" in drawn.narrow and "#222222;" in drawn.file.read_text()
 
 
-@pytest.mark.usefixtures("one_figure")
+@pytest.mark.usefixtures("no_figures")
 def test_unfinished_studies_have_a_page(report: Runner) -> None:
     study = make_study(Path("outputs"), ARMS, 4, finished=0)
     page = Page(report(study))
@@ -214,7 +218,7 @@ def test_unfinished_studies_have_a_page(report: Runner) -> None:
     assert "7 of 12 done" in page.words and "Comparison" in page.words
 
 
-@pytest.mark.usefixtures("one_figure")
+@pytest.mark.usefixtures("no_figures")
 def test_what_cannot_be_read_beside_the_results_is_a_notice(report: Runner) -> None:
     study = make_study(Path("outputs"), ARMS, 3)
     session = next(study.glob("obn-*/s0"))
@@ -246,7 +250,7 @@ def test_mistakes_cost_one_line(refused: Callable[..., str]) -> None:
     assert not (study / "report.html").exists()
 
 
-@pytest.mark.usefixtures("one_figure")
+@pytest.mark.usefixtures("no_figures")
 def test_watching_rewrites_what_changed_and_ends_with_the_sweep(
     report: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,7 +279,7 @@ def test_watching_rewrites_what_changed_and_ends_with_the_sweep(
     assert len(said) == 2 and "9 of 12 done" in said[0] and "12 of 12 done" in said[1]
 
 
-@pytest.mark.usefixtures("one_figure")
+@pytest.mark.usefixtures("no_figures")
 def test_a_watched_page_stops_to_load_itself_when_interrupted(
     report: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,7 +295,7 @@ def test_a_watched_page_stops_to_load_itself_when_interrupted(
     assert "data-reload" not in text and "no comparison yet: baseline 'gn'" in Page(text).words
 
 
-@pytest.mark.usefixtures("one_figure")
+@pytest.mark.usefixtures("no_figures")
 def test_groups_have_tables_of_their_own(report: Runner) -> None:
     study = make_study(Path("outputs"), {"obn": 0.0, "mbn": 0.0, "gn": 0.0}, 3)
     text = report(study, "--by", "dataset", "--metric", "test_acc", "--metric", "test_loss", "--out", "there",

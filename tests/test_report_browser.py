@@ -2,12 +2,15 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from studies import make_study, warn, write_profile, write_traces
 from test_report import Runner, hostile_study, report  # noqa: F401  (a fixture)
+
+from normbench.report import __main__ as door
 
 CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None and not os.environ.get("CI"):
@@ -37,18 +40,19 @@ def browser() -> Iterator[Browser]:
         opened.close()
 
 
-@pytest.fixture
-def full(report: Runner) -> Path:  # noqa: F811
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a study with everything in it."""
-    study = make_study(
-        Path("outputs"), {"obn": 0, "mbn-stride2": 0.0005, "gn": -0.01}, 10, question="Is it so?"
-    )
+    arms = {"obn": 0, "mbn-stride2": 0.0005, "gn": -0.01}
+    study = make_study(tmp_path_factory.mktemp("full"), arms, 10, question="Is it so?")
     for session in study.glob("*/s0"):
         write_traces(session)
     warn(next(study.glob("gn-*/s0")), "never moved: layer1.gate")
-    write_profile(study / "profile" / "one", ["obn", "mbn-stride2", "gn"], layers=4)
-    report(study, "--margin", "test_acc=0.005")
-    return (study / "report.html").resolve()
+    write_profile(study / "profile" / "one", list(arms), layers=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["report", str(study), "--margin", "test_acc=0.005"])
+        door.main()
+    return study / "report.html"
 
 
 def opened(browser: Browser, file: Path, width: int = 1440, scheme: str = "light") -> tuple[Page, list[str]]:
@@ -117,7 +121,7 @@ def test_dark_light_and_print(browser: Browser, full: Path) -> None:
 @pytest.mark.slow
 def test_hostile_names_do_nothing_in_a_browser(browser: Browser, report: Runner) -> None:  # noqa: F811
     study = hostile_study()
-    report(study)
+    report(study, "--metric", "test_acc")
     for width in (390, 1440):
         page, wrongs = opened(browser, (study / "report.html").resolve(), width)
         assert wrongs == [] and page.locator("img").count() == 0 and page.locator("script").count() == 1
@@ -128,10 +132,10 @@ def test_hostile_names_do_nothing_in_a_browser(browser: Browser, report: Runner)
 
 @pytest.mark.slow
 def test_only_a_watched_page_loads_itself_anew(browser: Browser, full: Path) -> None:
-    text = full.read_text()
-    full.write_text(text.replace('<html lang="en">', '<html lang="en" data-reload="0.2">'))
-    page, wrongs = opened(browser, full)
-    full.write_text(text.replace("Is it so?", "It is so."))
+    text, file = full.read_text(), Path("report.html").resolve()
+    file.write_text(text.replace('<html lang="en">', '<html lang="en" data-reload="0.2">'))
+    page, wrongs = opened(browser, file)
+    file.write_text(text.replace("Is it so?", "It is so."))
     page.wait_for_function("document.querySelector('h1').textContent === 'It is so.'", timeout=20_000)
     page.evaluate("window.kept = true")
     page.wait_for_timeout(600)

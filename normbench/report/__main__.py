@@ -20,6 +20,8 @@ from normbench.stats.choices import add_choices, check_choices
 from normbench.status import headline, seconds
 from normbench.values import Refused
 
+MOST_AT_ONCE = 4  # processes that draw; one where a sweep is watched, whose times matter more
+
 
 def parser() -> argparse.ArgumentParser:
     """The door's options."""
@@ -79,7 +81,8 @@ def write(given: argparse.Namespace, patient: bool = False, reload_s: float | No
     profile = profile_of(given.study, given.profile, study.notices)
     written = [tables.write(study.analysis, folder)] if study.analysis else []
     typed = sys.argv[1:]
-    report = Builder(study, folder, profile, typed, comparison_options(given)).report(made_by())
+    at_once = 1 if given.watch else min(MOST_AT_ONCE, os.cpu_count() or 1)
+    report = Builder(study, folder, profile, typed, comparison_options(given), at_once).report(made_by())
     path = folder / f"report.{given.format}"
     write_whole(path, markdown_of(report, folder) if given.format == "md" else html_of(report, reload_s))
     return [path, *written]

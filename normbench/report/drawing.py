@@ -6,8 +6,11 @@ and caption are the page's text. Every text stays text.
 
 import io
 import math
+import multiprocessing
 import re
-from collections.abc import Callable
+import signal
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -48,13 +51,52 @@ class Drawing:
     file: Path
 
 
-def drawing_of(name: str, make: Makes, alt: str, folder: Path) -> Drawing | None:
-    """Draw a figure, and save it as `folder/<name>.svg`; None where there is nothing to draw.
+@dataclass(frozen=True)
+class Sketch:
+    """A figure that is still to be drawn.
 
     Args:
-        make: draws it so many inches wide.
+        name: its file's, without the ending.
+        make: draws it so many inches wide; None where there is nothing to draw.
         alt: what it shows, in words; the title is put before it.
     """
+
+    name: str
+    make: Makes
+    alt: str
+
+
+def drawings_of(sketches: Sequence[Sketch], folder: Path, at_once: int) -> list[Drawing | None]:
+    """Draw all of them, so many at once where the system can fork: matplotlib takes a second for each."""
+    if at_once < 2 or len(sketches) < 2 or "fork" not in multiprocessing.get_all_start_methods():
+        return [drawing_of(sketch, folder) for sketch in sketches]
+    with warnings.catch_warnings():
+        # Python 3.12 warns where threads run: those of linear algebra, which drawing does not use
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pool = multiprocessing.get_context("fork").Pool(
+            min(at_once, len(sketches)), inherit, (sketches, folder)
+        )
+    with pool:
+        return pool.map(draw_inherited, range(len(sketches)), chunksize=1)
+
+
+INHERITED: list[tuple[Sketch, Path]] = []
+
+
+def inherit(sketches: Sequence[Sketch], folder: Path) -> None:
+    """In a forked process: what there is to draw, as it lies in memory; Ctrl-C is for the one that forked."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    INHERITED[:] = [(sketch, folder) for sketch in sketches]
+
+
+def draw_inherited(place: int) -> Drawing | None:
+    """One of them."""
+    return drawing_of(*INHERITED[place])
+
+
+def drawing_of(sketch: Sketch, folder: Path) -> Drawing | None:
+    """Draw a figure, and save it as `folder/<name>.svg`; None where there is nothing to draw."""
+    name, make = sketch.name, sketch.make
     figure = make(WIDTH)
     if figure is None:
         return None
@@ -63,7 +105,7 @@ def drawing_of(name: str, make: Makes, alt: str, folder: Path) -> Drawing | None
         str(texts[gid].get_label()) if gid in texts and texts[gid].get_text() else ""
         for gid in ("title", "caption")
     )
-    alt = f"{title}. {alt}"
+    alt = f"{title}. {sketch.alt}"
     file = folder / f"{name}.svg"
     text = svg_of(figure, name)
     write_whole(file, text)

@@ -38,7 +38,6 @@ class Ran:
     arm: str
     layers: int
     classes: str
-    options: str
     fused: str
     forward: str
     backward: str
@@ -145,7 +144,6 @@ def ran_of(arm: str, bodies: Sequence[tuple[str, Body]]) -> Ran | None:
         arm,
         len(layers),
         joined(layer.get("class", "") for layer in layers),
-        joined(layer.get("repr", "") for layer in layers),
         fused_words([bool(layer.get("fused")) for layer in layers]),
         operators(layers, "forward"),
         operators(layers, "backward"),

@@ -11,6 +11,7 @@ from normbench.stats.tables import some
 from normbench.stats.verdicts import DIFFERENT, EQUIVALENT, INCONCLUSIVE, NOT_COMPARABLE
 
 ORDER = (DIFFERENT, EQUIVALENT, INCONCLUSIVE, NOT_COMPARABLE)
+MOST_ARMS = 12
 SPELT_OUT = 6  # groups × metrics; of more only the numbers of arms are said
 WORDS = {"test_acc": "test accuracy", "epoch_time_s": "time per epoch", "total_time_s": "time per session",
          "test_loss": "test loss", "peak_memory_mib": "peak memory"}  # fmt: skip
@@ -22,7 +23,7 @@ class Said:
 
     verdict: str
     within: str
-    arms: str
+    arms: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class Clause:
     said: Sequence[Said]
 
     def __str__(self) -> str:
-        return f"{self.opening} " + ", ".join(f"{s.verdict}{s.within}: {s.arms}" for s in self.said)
+        return f"{self.opening} " + ", ".join(
+            f"{s.verdict}{s.within}: {', '.join(s.arms)}" for s in self.said
+        )
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,10 @@ def clause(group: Group, metric: Metric, rows: Sequence[Comparison], brief: bool
     said = []
     for verdict in ORDER:
         if alike := [c for c in rows if c.verdict == verdict]:
-            names = some([spoken(c, group, metric) for c in alike])
-            arms = f"{len(alike)} of {len(rows)} arms" if brief else names
-            said.append(Said(verdict, within(alike), arms))
+            names = [spoken(c, group, metric) for c in alike]
+            more = [f"and {len(names) - MOST_ARMS} more"] if len(names) > MOST_ARMS else []
+            counted = [f"{len(alike)} of {len(rows)} arms"]
+            said.append(Said(verdict, within(alike), counted if brief else [*names[:MOST_ARMS], *more]))
     return Clause(f"{where}{what} against {group.baseline}:", said)
 
 

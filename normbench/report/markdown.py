@@ -24,7 +24,10 @@ def parts_of(report: Report, folder: Path) -> Iterator[str]:
         yield f"## {plain(section.title)}"
         yield from map(plain, section.words)
         for block in section.blocks:
-            yield from (figure(block, folder) if isinstance(block, Drawing) else table(block))
+            if isinstance(block, Table):
+                yield from table(block)
+            elif isinstance(block, Drawing):
+                yield from figure(block, folder)
         if section.terms:
             yield "\n".join(f"- **{plain(term)}**: {with_code(words)}" for term, words in section.terms)
     yield plain(report.made)

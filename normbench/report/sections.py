@@ -9,7 +9,7 @@ from pathlib import Path
 
 from normbench import status
 from normbench.report import curves, layers, method, traces
-from normbench.report.drawing import Drawing, Makes, drawing_of
+from normbench.report.drawing import Drawing, Makes, Sketch, drawings_of
 from normbench.report.evidence import Evidence, evidence_of, said
 from normbench.report.finding import Finding, finding_of
 from normbench.report.layers import Profile
@@ -23,7 +23,7 @@ MOST_ROWS = 1000
 ROW_COLUMNS = ("session", "seed", "status", "test_acc", "test_loss", "best_test_acc", "train_loss",
                "epoch_time_s", "peak_memory_mib", "launch_order", "started_at", "warnings",
                "error")  # fmt: skip
-PROSE = ("warnings", "error", "says", "options", "forward", "backward", "class")
+PROSE = ("warnings", "error", "says", "forward", "backward", "class")
 LEFT = ("arm", "verdict", "status", "layer", "where", "shape", "started_at", "kind", "sessions", "fused",
         "agree", "key", "what", *PROSE)  # fmt: skip
 
@@ -57,7 +57,7 @@ class Section:
     key: str
     title: str
     words: list[str] = field(default_factory=list)
-    blocks: list[Table | Drawing] = field(default_factory=list)
+    blocks: list[Table | Drawing | Sketch] = field(default_factory=list)
     terms: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -81,6 +81,7 @@ class Builder:
     Args:
         command: what a person typed, to be shown.
         options: those of the comparison alone, as they were typed.
+        at_once: processes that draw.
     """
 
     study: Study
@@ -88,6 +89,7 @@ class Builder:
     profile: Profile | None
     command: Sequence[str]
     options: Sequence[str]
+    at_once: int = 1
     taken: set[str] = field(default_factory=set)
 
     def report(self, made: str) -> Report:
@@ -106,7 +108,9 @@ class Builder:
             self.provenance(evidence),
             self.method(),
         ]
-        kept = [s for s in sections if s and (s.blocks or s.terms or s.words)]
+        there = [section for section in sections if section]
+        self.draw(there)
+        kept = [s for s in there if s.blocks or s.terms or s.words]
         waiting = "" if analysis else "No session has ended yet: there is nothing to compare."
         finding = finding_of(analysis) if analysis else None
         return Report(study.name, study.question, finding, waiting, self.facts(evidence), kept, made)
@@ -126,14 +130,20 @@ class Builder:
             facts.append(("run", days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"))
         return facts
 
-    def draw(self, parts: Sequence[str], make: Makes, alt: str) -> list[Drawing]:
-        """The drawing, in a list; an empty one where there is nothing to draw."""
+    def sketch(self, parts: Sequence[str], make: Makes, alt: str) -> Sketch:
+        """A figure to be drawn with all others."""
         name = safe_stem(parts, self.taken)
-        made = drawing_of(name, make, alt, self.folder / "figures")
-        if made is None:
-            return []
         self.taken.add(name.lower())
-        return [made]
+        return Sketch(name, make, alt)
+
+    def draw(self, sections: Sequence[Section]) -> None:
+        """Put drawings in the place of sketches, and nothing where there is nothing to draw."""
+        sketches = [block for section in sections for block in section.blocks if isinstance(block, Sketch)]
+        drawn = drawings_of(sketches, self.folder / "figures", self.at_once)
+        made = {sketch.name: drawing for sketch, drawing in zip(sketches, drawn, strict=True)}
+        for section in sections:
+            blocks = [made[b.name] if isinstance(b, Sketch) else b for b in section.blocks]
+            section.blocks = [block for block in blocks if block is not None]
 
     def progress(self) -> Section | None:
         """What a sweep is doing; nothing where all has ended well."""
@@ -157,19 +167,19 @@ class Builder:
         analysis = self.study.analysis
         if analysis is None:
             return None
-        first, *more = tables.opening(analysis, str(self.study.folder))
-        made = Section("comparison", "Comparison", [f"{line}." for line in (first, *more)])
+        lines = tables.opening(analysis, str(self.study.folder))
+        made = Section("comparison", "Comparison", [" ".join(f"{sentence(line)}." for line in lines)])
         for group in analysis.groups:
             for metric in analysis.metrics:
                 made.blocks.append(comparison_table(analysis, group, metric))
-                made.blocks += self.kind("differences", analysis, group, metric)
+                made.blocks.append(self.kind("differences", analysis, group, metric))
         return made
 
-    def kind(self, kind: str, analysis: Analysis, group: Group, metric: Metric) -> list[Drawing]:
+    def kind(self, kind: str, analysis: Analysis, group: Group, metric: Metric) -> Sketch:
         """One of the figures of `stats`."""
         alt = (differences_words if kind == "differences" else means_words)(analysis, group, metric)
         parts = (*(said(value) for value in group.name.values()), metric.name, kind)
-        return self.draw(parts, partial(KINDS[kind], analysis, group, metric), alt)
+        return self.sketch(parts, partial(KINDS[kind], analysis, group, metric), alt)
 
     def sessions(self, evidence: Sequence[Evidence]) -> Section:
         """Every session: points, launch order, and their rows."""
@@ -177,7 +187,7 @@ class Builder:
         if analysis:
             for group, metric, kind in product(analysis.groups, analysis.metrics, KINDS):
                 if kind != "differences":
-                    made.blocks += self.kind(kind, analysis, group, metric)
+                    made.blocks.append(self.kind(kind, analysis, group, metric))
         found = [(arm, row) for e in evidence for arm, rows in e.rows.items() for row in rows]
         if found:
             head, rows = without_empty(
@@ -195,8 +205,8 @@ class Builder:
             found = curves.read_curves(part.arms, self.study.notices)
             for column in curves.SHOWN:
                 make = partial(curves.curves_figure, found, column, part.title)
-                made.blocks += self.draw(
-                    (part.title, "curves", column), make, curves.curves_words(found, column)
+                made.blocks.append(
+                    self.sketch((part.title, "curves", column), make, curves.curves_words(found, column))
                 )
         return made
 
@@ -208,9 +218,9 @@ class Builder:
         made = Section("layers", "Time by layer", [f"From {profile.folder}: {profile.where}."])
         for place in layers.PLACES:
             make = partial(layers.times_figure, profile, place)
-            made.blocks += self.draw(("layers", place), make, layers.times_words(profile, place))
+            made.blocks.append(self.sketch(("layers", place), make, layers.times_words(profile, place)))
         make = partial(layers.roofline_figure, profile)
-        made.blocks += self.draw(("roofline",), make, "The table below has every number.")
+        made.blocks.append(self.sketch(("roofline",), make, "The table below has every number."))
         head, rows = layers.step_rows(profile)
         if rows:
             made.blocks.append(Table("What norms take of a training step", head, rows))
@@ -225,7 +235,7 @@ class Builder:
             for layer in traces.layers_of(traced.norms):
                 make = partial(traces.norms_figure, traced, layer, part.title)
                 alt = traces.traced_words(traces.of_layer(traced.norms, layer), list(traces.NORMS), "step")
-                made.blocks += self.draw((part.title, "norms", layer), make, alt)
+                made.blocks.append(self.sketch((part.title, "norms", layer), make, alt))
         return made
 
     def quantiles(self) -> Section:
@@ -236,10 +246,10 @@ class Builder:
                 make = partial(traces.features_figure, traced, layer, part.title)
                 features = traces.of_layer(traced.features, layer)
                 alt = traces.traced_words(features, traces.QUANTILES, "epoch")
-                made.blocks += self.draw((part.title, "features", layer), make, alt)
+                made.blocks.append(self.sketch((part.title, "features", layer), make, alt))
             make = partial(traces.logits_figure, traced, part.title)
             alt = traces.traced_words(traced.logits, traces.PEAKS, "epoch")
-            made.blocks += self.draw((part.title, "logits"), make, alt)
+            made.blocks.append(self.sketch((part.title, "logits"), make, alt))
         return made
 
     @cached_property
@@ -280,8 +290,8 @@ class Builder:
                 rows = [[f.name, *f.values] for f in e.differences]
                 made.blocks.append(Table(title, ["key", *arms], rows, left=("key", *arms)))
             if e.ran:
-                head = ["arm", "layers", "class", "options", "fused", "forward", "backward", "says"]
-                rows = [[r.arm, str(r.layers), r.classes, r.options, r.fused, r.forward, r.backward, r.note]
+                head = ["arm", "layers", "class", "fused", "forward", "backward", "says"]
+                rows = [[r.arm, str(r.layers), r.classes, r.fused, r.forward, r.backward, r.note]
                         for r in e.ran]  # fmt: skip
                 head, rows = without_empty(head, rows)
                 title = "What the norm layers executed (one session of each arm; most calls in one layer)"
@@ -311,6 +321,11 @@ def comparison_table(analysis: Analysis, group: Group, metric: Metric) -> Table:
     reasons = [(c.treatment, f"{c.verdict}: {c.reason}") for c in rows]
     more = page.below[len(rows) :]
     return Table(page.title, page.header, page.rows, page.verdicts, reasons, below=more)
+
+
+def sentence(line: str) -> str:
+    """A line that begins like a sentence, unless with a path."""
+    return line if "/" in line.split(":")[0] else line[:1].upper() + line[1:]
 
 
 def cell(value: object) -> str:
