@@ -248,7 +248,7 @@ def test_a_rate_that_explodes_ends_its_trial_and_the_model_serves_the_next(
 
 
 class Faked:
-    """Trials that fail above a limit of their session's own, without training; a KeyboardInterrupt after some."""
+    """Trials that fail above a limit of their session's own, without training; Ctrl-C after some."""
 
     def __init__(self) -> None:
         self.ran: list[tuple[int, float]] = []

@@ -8,7 +8,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from scipy.special import expit
 
 from normbench.lr_limit.curve import LEVEL, proportion_interval
@@ -22,7 +24,7 @@ from normbench.stats.figures import CYCLE, FAINT, INK, SOFT, blank, quiet, wrapp
 SHARES = np.array(
     [0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98]
 )  # at which the band is drawn
-TRAINED, FAILED = "#0072b2", "#d55e00"
+TRAINED, FAILED, LINE = "#0072b2", "#d55e00", "#aaaaaa"
 SMOOTH = 0.9  # of the range test's running mean
 
 
@@ -49,16 +51,18 @@ def curves_figure(arms: Sequence[Searched]) -> Figure:
     panels = figure.subplots(len(arms), sharex=True, squeeze=False)[:, 0]
     for i, (axes, arm) in enumerate(zip(panels, arms, strict=True)):
         draw_curve(axes, arm, CYCLE[(i + 1) % len(CYCLE)])
+    in_numbers(panels[-1].xaxis)
     panels[-1].set_xlabel("learning rate")
     figure.supylabel("sessions that failed (fraction)", fontsize=9, color=INK)
     n = len(arms[0].sessions)
     entitle(figure, f"How large can the learning rate be? (n = {n} sessions at every rate)")
+    hollow = " Hollow: rates too small to learn, left out of the fit."
     explain(
         figure,
-        f"Points: what failed at a rate, with Wilson's {percent(LEVEL)} interval of each by itself; hollow: "
-        "rates too small to learn, left out of the fit. Curve: logistic in the log rate, fitted to the "
-        f"sessions' own limits; band: the {percent(LEVEL)} interval of the rate at each probability. "
-        "Diamond and bar: the rate at which half fail.",
+        f"Points: what failed at a rate, with Wilson's {percent(LEVEL)} interval of each by itself. Curve: "
+        "logistic in the log rate, fitted to the sessions' own limits; band: the "
+        f"{percent(LEVEL)} interval of the rate at each probability. Diamond and bar: the rate at which half "
+        "fail." + (hollow if any(arm.too_small for arm in arms) else ""),
     )
     return figure
 
@@ -75,15 +79,9 @@ def draw_curve(axes: Axes, arm: Searched, color: str) -> None:
     if math.isfinite(m):
         axes.plot(rates, expit((np.log(rates) - m) / arm.scale), color=color, linewidth=1.8, label="curve")
     for rate, there in arm.seen.items():
-        share, counted = there.failed / there.sessions, rate >= arm.base
-        axes.plot(
-            [rate, rate],
-            proportion_interval(there.failed, there.sessions),
-            color=FAINT,
-            linewidth=1.6,
-            zorder=1,
-        )
-        inside = SOFT if counted else "white"
+        share, alone = there.failed / there.sessions, proportion_interval(there.failed, there.sessions)
+        axes.plot([rate, rate], alone, color=LINE, linewidth=1.2, zorder=2)
+        inside = "white" if rate in arm.too_small else SOFT
         axes.plot([rate], [share], "o", color=SOFT, markerfacecolor=inside, markersize=4.5, zorder=3)
     if math.isfinite(m):
         ends = [max(arm.limit.low, rates[0]), min(arm.limit.high, rates[-1])]
@@ -131,6 +129,7 @@ def draw_search(axes: Axes, arm: Searched) -> None:
         x, y = place + aside, np.full(n, rate)
         axes.plot(x[~failed], y[~failed], "o", color=TRAINED, markersize=3.2, markeredgewidth=0)
         axes.plot(x[failed], y[failed], "x", color=FAILED, markersize=3.8, markeredgewidth=1.1)
+    in_numbers(axes.yaxis)
     axes.set_xticks(places)
     axes.set_xlabel("rates in the order tried")
     axes.set_title(wrapped(arm.name, 40), loc="left", fontsize=9.5, color=INK, fontweight="bold")
@@ -154,6 +153,7 @@ def range_figure(arms: Sequence[Searched], ranges: Sequence[Range], chance: Chan
     axes.annotate("guessing", (1.0, chance.loss), (-2, 4), xycoords=axes.get_yaxis_transform(),
                   textcoords="offset points", ha="right", fontsize=8, color=SOFT)  # fmt: skip
     axes.set_ylim(0, top)
+    in_numbers(axes.xaxis)
     axes.set_xlabel("learning rate, growing with every step")
     axes.set_ylabel("training loss (nats)", fontsize=9, color=INK)
     axes.legend(frameon=False, fontsize=8.5, loc="upper left", ncols=min(4, len(ranges)))
@@ -179,6 +179,15 @@ def on_rates(axes: Axes) -> None:
     """A log axis of rates."""
     quiet(axes, "both")
     axes.set_xscale("log")
+
+
+def in_numbers(axis: Axis) -> None:
+    """0.1, 0.2, 0.5, 1 in place of powers of ten; over more than three decades the ones alone."""
+    low, high = axis.get_data_interval()
+    subs = (1, 2, 5) if low > 0 and high < 1000 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def entitle(figure: Figure, words: str) -> None:

@@ -95,9 +95,9 @@ class Searched:
         return sum(map(contradicts, self.sessions.values()))
 
     @property
-    def too_small(self) -> int:
-        """How many rates below `base` had sessions that failed: they learned too little."""
-        return sum(there.failed > 0 for rate, there in self.seen.items() if rate < self.base)
+    def too_small(self) -> list[float]:
+        """The rates below `base` at which sessions failed: they learned too little."""
+        return [rate for rate, there in self.seen.items() if rate < self.base and there.failed]
 
 
 @dataclass(frozen=True)

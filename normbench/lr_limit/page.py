@@ -20,10 +20,10 @@ ODDS_9 = math.log(9.0)  # from 10 to 90 % failure are 2 · log 9 scales of the l
 def definition(chance: Chance) -> str:
     """When a session failed, in the numbers of this data set."""
     return (
-        f"a session fails at a rate if a loss is not finite, or its mean training loss over the last "
+        "a session fails at a rate if a loss is not finite, or its mean training loss over the last "
         f"1/{LAST} of the steps is not below {chance.loss:.4f} (guessing by the labels' frequencies), or its "
-        f"{chance.part} accuracy is at most {chance.bound:.4f} (two standard errors over {chance.acc:.4f}, the "
-        f"commonest class of {chance.images:,} images)"
+        f"{chance.part} accuracy is at most {chance.bound:.4f} (two standard errors over {chance.acc:.4f}, "
+        f"the commonest class of {chance.images:,} images)"
     )
 
 
@@ -112,8 +112,8 @@ def sentences(arm: Searched, against: Ratio | None) -> list[str]:
         )
     if arm.too_small:
         lines.append(
-            f"{arm.name}: below {words(arm.base)} some sessions failed too: the rate is too small to learn in "
-            "so many steps, and those trials say nothing of the limit"
+            f"{arm.name}: below {words(arm.base)} some sessions failed too: the rate is too small to learn "
+            "in so many steps, and those trials say nothing of the limit"
         )
     if against is not None:
         lines.append(comparison(arm.name, against))
@@ -157,7 +157,7 @@ def limit_rows(arms: Sequence[tuple[Arm, Searched]], compared: Mapping[str, Rati
             "arm": found.name,
             "setting": arm.setting,
             "config_hash": arm.config_hash,
-            **arm.choices,
+            **{group.rpartition("/")[2]: option for group, option in arm.choices.items()},
             "norm_options": json.dumps({k: v for k, v in norm.items() if k != "_partial_"}),
             "stride": norm.get("stride"),
             "batch_size": values["batch"]["size"],

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._C import _LinAlgError as LinAlgError  # torch.linalg's, which does not export it to types
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not to types
 
 from normbench import interrupt
 from normbench.data.loading import Data, EvalPart
