@@ -16,8 +16,9 @@ from rows import hear_ctrl_c
 
 from normbench import cli
 from normbench.bench import layer, page, targets
-from normbench.bench.interleaved import CannotRun, Ready, Spread, take_turns
+from normbench.bench.interleaved import CannotRun, Ready, take_turns
 from normbench.bench.record import Group
+from normbench.bench.spread import Spread
 
 Body = dict[str, Any]
 QUICK = ("quick=true", "device=cpu")

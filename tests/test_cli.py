@@ -39,7 +39,7 @@ def test_a_wrong_door_is_one_line() -> None:
         ("normbench audit norm=gh", ["norm=ghost"]),
         ("normbench audit norm=mbn norm.str", ["norm.stride="]),
         ("normbench bench rou", ["rounds="]),
-        ("normbench profile norm=mbn st", ["stride="]),
+        ("normbench profile norm=mbn norm.str", ["norm.stride="]),
         ("normbench train norm=mbn norm.str", ["norm.stride="]),
         ("normbench train dataset=ci", ["dataset=cifar10", "dataset=cifar100"]),
         ("normbench stats out", []),

@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import random
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,28 +47,6 @@ class Side:
     note: str = ""
     bytes_moved: Mapping[str, float] = field(default_factory=dict)
     cpu_share: float | None = None
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The middle of some numbers: median, 20th and 80th percentile."""
-
-    median: float
-    p20: float
-    p80: float
-
-    @classmethod
-    def of(cls, numbers: Sequence[float]) -> "Spread":
-        """Of at least one number."""
-        if len(numbers) == 1:
-            return cls(numbers[0], numbers[0], numbers[0])
-        cuts = statistics.quantiles(numbers, n=5, method="inclusive")
-        return cls(statistics.median(numbers), cuts[0], cuts[-1])
-
-    @classmethod
-    def of_ratio(cls, of: Sequence[float], over: Sequence[float]) -> "Spread":
-        """Of the rounds' own ratios: both sides of each were measured within one round."""
-        return cls.of([a / b for a, b in zip(of, over, strict=False)])
 
 
 class Clock:

@@ -8,7 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from normbench.bench.interleaved import Side, Spread
+from normbench.bench.interleaved import Side
+from normbench.bench.spread import Spread
 from normbench.plan import read_json
 from normbench.values import Refused
 

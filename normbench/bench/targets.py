@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from normbench.bench.interleaved import Spread
 from normbench.bench.record import Body
+from normbench.bench.spread import Spread
 
 BOTH = "forward+backward"
 BN = "nn.BatchNorm2d"

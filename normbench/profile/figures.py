@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from normbench.bench.interleaved import Spread
+from normbench.bench.spread import Spread
 from normbench.plan import write_whole
 from normbench.profile import groups
 from normbench.profile.compare import Series

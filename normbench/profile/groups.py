@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from normbench.bench.interleaved import Spread
+from normbench.bench.spread import Spread
 from normbench.profile.record import Body, summed
 
 MOST = 20  # layers that are shown each by itself

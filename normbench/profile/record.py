@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from normbench.bench.interleaved import Spread
+from normbench.bench.spread import Spread
 from normbench.plan import read_json
 from normbench.values import Refused
 

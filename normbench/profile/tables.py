@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from normbench.bench.interleaved import Spread
 from normbench.bench.page import CROWDED, unit_of
 from normbench.bench.page import table as markdown_table
+from normbench.bench.spread import Spread
 from normbench.profile import groups
 from normbench.profile.record import Body, Row, in_rounds, step_rows, summed
 
