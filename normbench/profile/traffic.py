@@ -59,6 +59,5 @@ def share_reached(gradient: Tensor, channels_last: bool) -> float:
         return 0.0
     reached[0, -1] = reached[1:, -1].any()  # not what it got from its own input
     if gradient.ndim > 2 and not channels_last:
-        rows = reached.unflatten(1, (-1, gradient.shape[-1]))  # type: ignore[no-untyped-call]
-        reached = rows.any(-1)
+        reached = reached.reshape(len(reached), -1, gradient.shape[-1]).any(-1)
     return float(reached.float().mean())
