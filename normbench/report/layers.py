@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from normbench.report.panels import below, colour_of, grid, legend, style_of
 from normbench.stats.figures import INK, NARROW, SOFT, blank, entitle, explain, quiet, wrapped
@@ -152,6 +153,8 @@ def curves(width: float) -> tuple[Figure, list[Axes]]:
     """Panels for lines over many layers."""
     figure, panels = grid(["forward", "backward"], width, 2.4, 1.5, most=2)
     panels[0].set_yscale("log")
+    for axes in panels:
+        axes.minorticks_off()
     return figure, panels
 
 
@@ -184,7 +187,9 @@ def roofline_figure(profile: Profile, width: float) -> Figure | None:
     figure, panels = grid(["forward", "backward"], width, 2.7, 1.5, most=2)
     for axes, phase in zip(panels, ("forward", "backward"), strict=True):
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=5))
+        axes.minorticks_off()
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
         mib = rows[f"{phase}_bytes"] / 2**20
         if "copy_gb_per_s" in rows and rows["copy_gb_per_s"].notna().any():
             roof = rows["copy_gb_per_s"].groupby(mib).median()
