@@ -13,8 +13,7 @@ well; the interval is then the gap between the two rates, and no formula pretend
 
 For the small numbers of sessions here chi²'s bound is too small; in its place stands the bound that makes
 the interval of a normal mean with unknown sd exact, n log(1 + t²/(n − 1)), t Student's with n − 1 degrees of
-freedom. Simulated with true limits logistic, rates 1.2 apart, 95 % intervals (tests hold a small part of it):
-COVERAGE
+freedom. How often that holds: docs/lr_limit.md.
 """
 
 import math
