@@ -211,7 +211,7 @@ def test_a_trial_is_the_session_that_train_runs(
         assert row["eval_acc"] == rows[row["session"]]["test_acc"]
         assert row["eval_loss"] == rows[row["session"]]["test_loss"]
     losses = [float(row["train_loss"]) for row in rows_of(HERE / "range.csv")]
-    assert 10 <= len(losses) <= 120 and all(map(math.isfinite, losses))
+    assert 10 <= len(losses) <= 200 and all(map(math.isfinite, losses))
 
 
 def test_a_rate_that_explodes_ends_its_trial_and_the_model_serves_the_next(
@@ -369,7 +369,7 @@ def test_an_error_of_a_layer_is_one_line_and_keeps_the_trials(
     ("arguments", "said"),
     [("optim.lr=0.1,1", "optim.lr is where that starts"), ("sessions=4,8", "sessions is one for all arms"),
      ("model=resnet_cifar,resnet9", "arms share model"), ("norm=obn,obn", "two arms are one setting"),
-     ("lowest=1", "must rise"), ("range.low=200", "must be below range.high=100"),
+     ("lowest=1", "must rise"), ("range.low=200", "must be below range.high=10"),
      ("session=0", "did you mean 'sessions'?"), ("resolution=1", "resolution must be a number"),
      ("epochs=2", "exclude each other"), ("name=a/b", "name must be a word")],
 )  # fmt: skip
