@@ -125,29 +125,40 @@ def write_traces(session: Path, epochs: int = 8, channels: int = 6, seed: int = 
                for e in range(epochs)])  # fmt: skip
 
 
-def write_profile(folder: Path, arms: Sequence[str], layers: int = 8) -> Path:
-    """A profile's layers.csv and steps.csv."""
+def write_profile(folder: Path, arms: Sequence[str], layers: int = 8, rounds: int = 7) -> Path:
+    """A profile.json as `profile` writes it, of arms as studies call them: `mbn-stride2`."""
     draws = np.random.default_rng(1)
-    rows = []
-    for (i, arm), layer, place in ((a, n, p) for a in enumerate(arms) for n in range(layers)
-                                   for p in ("alone", "model")):  # fmt: skip
-        size = 2 ** (22 - layer // 2)
+
+    def times(seconds: float) -> list[float]:
+        return (seconds * draws.uniform(0.95, 1.1, rounds)).tolist()
+
+    def passes(i: int, layer: int) -> dict[str, list[float]]:
         spent = 1e-4 * 2 ** (-layer / 2) * (1 + 0.2 * i)
-        times = [spent * f * draws.uniform(0.95, 1.05) for f in (1, 0.95, 1.1, 2, 1.9, 2.2)]
-        rows.append(["resnet9", "digits", arm, arm.partition("-")[0], "{}", "", f"layer{layer}.norm", layer,
-                     "128×64×32×32", False, "fp32", 128, place, False, *times, 3 * size, 5 * size,
-                     3e-9 * size / times[0], 5e-9 * size / times[3], 40.0 - layer, 12.5, 3, 5, 0.02, 0.018,
-                     0.025, 1,
-                     "cpu", "AMD EPYC", "", "2.15.0", "", "2026-11-22T01:00:00Z"])  # fmt: skip
-    head = """model dataset arm norm norm_options stride layer layer_index shape channels_last precision
-        batch_size place fused forward_median_s forward_p20_s forward_p80_s
-        backward_median_s backward_p20_s backward_p80_s
-        forward_bytes backward_bytes forward_gb_per_s backward_gb_per_s copy_gb_per_s peak_memory_mib
-        forward_operators backward_operators share_of_step share_p20 share_p80 threads device device_name
-        driver_version torch_version cuda_version made_at""".split()  # noqa: SIM905
-    write_csv(folder / "layers.csv", head, rows)
-    write_csv(folder / "steps.csv",
-              ("arm", "step_median_s", "step_p20_s", "step_p80_s", "without_norms_median_s",
-               "norm_share_by_difference", "norm_share_by_layers", "agrees"),
-              [[arm, 0.1, 0.09, 0.11, 0.08, 0.2, 0.19, True] for arm in arms])  # fmt: skip
+        return {"forward_s": times(spent), "backward_s": times(2 * spent)}
+
+    size = [2 ** (22 - layer // 2) for layer in range(layers)]
+    names = [f"layer{layer}.norm" for layer in range(layers)]
+    made = [
+        {"arm": arm.replace("-stride", " stride="), "norm": arm.partition("-")[0], "stride": None,
+         "norm_options": {k: v for k, v in values_of(arm, "", "")["norm"].items() if k != "_partial_"},
+         "precision": "fp32", "channels_last": False, "batch_size": 128, "without": "resnet9",
+         "step_s": times(0.01), "observed_step_s": times(0.0101),
+         "layers": [
+             {"layer": name, "layer_index": at, "shape": [128, 64 + at, 32, 32], "alike": f"{arm}{at}",
+              "fused": False, "relu_inside": False, **passes(i, at), "forward_bytes": 3 * size[at],
+              "backward_bytes": 5 * size[at], "forward_operators": {"aten.batch_norm": 1},
+              "backward_operators": {"aten.batch_norm_backward": 2}} for at, name in enumerate(names)]}
+        for i, arm in enumerate(arms)
+    ]  # fmt: skip
+    write_json(folder / "profile.json", {
+        "format": 1, "quick": False, "complete": True, "cpu_share": 1.0, "model": "resnet9",
+        "dataset": "digits", "made_at": "2026-11-22T01:00:00Z",
+        "machine": {"device": "cpu", "device_name": "AMD EPYC", "threads": 1, "torch": "2.15.0",
+                    "driver_version": "Linux", "cuda_version": None},
+        "arms": made, "without": {"resnet9": {"step_s": times(0.008), "relus": {}}},
+        "alone": [
+            {"tensor_bytes": size[at], "copy_s": times(2 * size[at] / 12e9),
+             "layers": {f"{arm}{at}": {**passes(i, at), "peak_memory_bytes": 2**20, "missing": None}
+                        for i, arm in enumerate(arms)}} for at in range(layers)],
+    })  # fmt: skip
     return folder

@@ -17,9 +17,10 @@ import torch
 from conftest import Planner, Trainer
 from PIL import Image
 
+from normbench.figures import svg_of
 from normbench.predict import __main__ as door
 from normbench.predict.batches import Place, of_folder, of_split
-from normbench.predict.figures import confusion_svg
+from normbench.predict.figures import confusion_figure
 from normbench.predict.images import Table, list_folder
 from normbench.predict.scores import Predictions, predictions_text, score
 from normbench.values import Refused
@@ -552,8 +553,8 @@ def test_the_figure_is_whole_and_shows_names_as_text(count: int) -> None:
     confusion = np.random.default_rng(0).integers(0, 50, (count, count))
     confusion[1] = 0  # a class without images
     names = ["<script>alert(1)</script>", "$x^2$ & co", *map(str, range(2, count))]
-    drawn = confusion_svg(confusion, names, "3 images")
-    assert count > 2 or drawn == confusion_svg(confusion, names, "3 images")
+    drawn = svg_of(confusion_figure(confusion, names, "3 images"), "confusion")
+    assert count > 2 or drawn == svg_of(confusion_figure(confusion, names, "3 images"), "confusion")
     texts = [node.text for node in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]
     assert (names[0] in texts and names[1] in texts) == (count <= 40)
     assert (f"{confusion[0, 0]}" in texts) == (count <= 20) or count > 20

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from studies import make_study, warn, write_csv, write_profile, write_traces
+from studies import make_study, warn, write_profile, write_traces
 
+from normbench.figures import Sketch
+from normbench.plan import write_json
 from normbench.report import __main__ as door
 from normbench.report import drawing
 from normbench.report.evidence import differences_of
@@ -118,8 +120,9 @@ def test_the_page_says_what_stats_found(report: Runner, monkeypatch: pytest.Monk
     assert names == {
         "test_acc-sessions", "test_acc-differences", "epoch_time_s-sessions", "epoch_time_s-differences",
         "epoch_time_s-order", "curves-test_acc", "curves-train_loss", "layers-alone", "layers-model",
-        "roofline", "norms-prep.norm", "norms-layer1.norm", "features-prep.norm", "features-layer1.norm",
-        "logits",
+        "roofline", "steps", "traces-norms-prep.norm", "traces-norms-layer1.norm",
+        "traces-norms-prep.norm-obn", "traces-norms-layer1.norm-obn", "traces-features-prep.norm",
+        "traces-features-layer1.norm", "traces-logits",
     }  # fmt: skip
     assert len(page.figures) == 2 * len(names) and all(page.figures)
     forest = next(alt for alt in page.figures if alt and alt.startswith("test_acc against obn"))
@@ -201,7 +204,7 @@ def test_a_label_that_looks_like_a_colour_stays(tmp_path: Path) -> None:
         figure.text(0.1, 0.5, "style=\"fill: #222222;\" <b> 'DejaVu Sans'", color="#222222")
         return figure
 
-    drawn = drawing.drawing_of(drawing.Sketch("one", make, 'an "alt" <b>'), tmp_path)
+    drawn = drawing.drawing_of("one", Sketch(("one",), make, 'an "alt" <b>'), tmp_path)
     assert drawn is not None
     assert "fill: #222222;\" &lt;b&gt; 'DejaVu Sans'" in drawn.wide and "fill: var(--c222222)" in drawn.wide
     assert "&quot;alt&quot; &lt;b&gt;" in drawn.narrow and "#222222;" in drawn.file.read_text()
@@ -225,9 +228,10 @@ def test_what_cannot_be_read_beside_the_results_is_a_notice(report: Runner) -> N
     write_traces(session)
     (session / "traces" / "features.csv").write_text("epoch,layer\n1,x\n")
     (next(study.glob("nn-*/s1")) / "epochs.csv").write_text("epoch,train_loss\n1,many\n")
-    write_csv(study / "profile" / "one" / "layers.csv", ["arm"], [["obn"]])
+    write_json(study / "profile" / "one" / "profile.json", {"format": 0})
     words = Page(report(study)).words
-    assert "features.csv cannot be read: no column 'q01'" in words and "no column 'layer'" in words
+    assert "features.csv cannot be read: no column 'step'" in words
+    assert "profile.json is no result of this version's profile" in words
     assert "epochs.csv cannot be read" in words
     # a row that is being written is left for the next look
     with (next(study.glob("nn-*/s0")) / "epochs.csv").open("a") as file:
@@ -239,12 +243,12 @@ def test_mistakes_cost_one_line(refused: Callable[..., str]) -> None:
     study = make_study(Path("outputs"), ARMS, 3)
     assert "no sessions under nowhere" in refused("nowhere")
     assert "is a file; give a study's folder" in refused(next(study.glob("plan-*.json")))
-    assert "--profile nowhere: no layers.csv there" in refused(study, "--profile", "nowhere")
+    assert "--profile=nowhere: no such file; give the folder of" in refused(study, "--profile", "nowhere")
     assert "baseline 'xyz': no such arm" in refused(study, "--baseline", "xyz")
     assert "--margin 0.1: name the metric" in refused(study, "--margin", "0.1")
     assert "--alpha must lie between 0 and 1" in refused(study, "--alpha", "2")
-    write_csv(study / "p" / "layers.csv", ["arm"], [["obn"]])
-    assert "no column 'layer'" in refused(study, "--profile", study / "p")
+    write_json(study / "p" / "profile.json", {"format": 1, "arms": []})
+    assert "is no result of this version's profile" in refused(study, "--profile", study / "p")
     (next(study.glob("nn-*/s1")) / "session.json").write_text("{")
     assert "is damaged" in refused(study)
     assert not (study / "report.html").exists()

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from scipy import stats as scipy_stats
 
-from normbench.stats import figures
+from normbench import figures as look
 from normbench.stats.analysis import Analysis, analyse
 from normbench.stats.comparison import Margin, Options
 from normbench.stats.figures import (
@@ -80,8 +80,8 @@ def words(figure: Figure) -> str:
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few pixels: what is tested is not how long compression takes."""
-    assert figures.DPI == 150
-    monkeypatch.setattr(figures, "DPI", 40)
+    assert look.DPI == 150
+    monkeypatch.setattr(look, "DPI", 40)
 
 
 def test_each_metric_has_its_files_and_no_other(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_times_to_a_target_are_steps(tmp_path: Path) -> None:
     assert drawn(figure, "treatment", 0) == [([0, 30], [0, 0])]
     assert drawn(figure, "ended without it", 0) == [([30], [0])]
     said = words(figure)
-    assert "mbn 1 of 3 reached it" in said and "Grey: obn, 3 of 3" in said and "training time (s)" in said
+    assert "mbn: 1 of 3 reached it" in said and "Grey: obn, 3 of 3" in said and "training time (s)" in said
     assert sessions_figure(analysis, group, UNTIL) is None and order_figure(analysis, group, UNTIL) is None
     names = {path.name for path in draw(analysis, tmp_path)}
     assert {"time_to_acc-0.93-reached.png", "epochs_to_acc-0.93-reached.png"} <= names
@@ -274,7 +274,7 @@ def test_forty_arms_of_many_sessions(tmp_path: Path) -> None:
     del group.arms["mbn"]
     sessions, order = (make(few, group, EPOCH) for make in (sessions_figure, order_figure))
     assert sessions is not None and order is not None
-    figures.save(sessions, tmp_path / "sessions.png")
+    look.save_png(sessions, tmp_path / "sessions.png")
     for figure, panel in ((sessions, 0), (order, 10)):
         ((x, y),) = drawn(figure, "mbn-stride9", panel)
         assert len(x) == MOST_POINTS and f"At most {MOST_POINTS} points" in words(figure)

@@ -5,7 +5,6 @@
 import copy
 import csv
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from test_resume import assert_same, killed  # noqa: F401  # a fixture
 from torch import Tensor, nn
 
 from normbench import preparing, training
+from normbench.figures import svg_of, words_of
 from normbench.graphed import GraphedStep
 from normbench.plan import Plan
 from normbench.seeds import Seeds
@@ -29,6 +29,7 @@ from normbench.traces import figures, tables
 from normbench.traces.choosing import channels_of, feature_names, units
 from normbench.traces.features import Seen, quantiles_of
 from normbench.traces.moments import Moments
+from normbench.traces.reading import arms_of, read_traces
 
 TINY = ["model.width=4", "dataset.train_subset=96", "dataset.test_subset=64", "batch.size=24", "epochs=2",
         "threads=1", "save_model=true", "tensorboard=false"]  # fmt: skip
@@ -517,21 +518,27 @@ def test_figures_of_arms_and_of_one_session(
 
     train(*TINY, *EVERY, "norm=mbn,nn", "session=0,1")
     monkeypatch.setattr("sys.argv", ["traces", "outputs/adhoc"])
+    monkeypatch.setattr(figures, "save_svg", lambda figure, path: path)
     main()
-    paths = [Path(line.removeprefix("written: ")) for line in capsys.readouterr().out.splitlines()[-4:]]
-    assert sorted(path.name for path in paths) == [
-        "traces-arms-features.svg", "traces-arms-logits.svg", "traces-arms-norms.svg", "traces-mbn-norms.svg",
-    ]  # fmt: skip
-    ending = [name.rpartition("-")[2] for name in figures.figures_of(Path("outputs/adhoc"), "s1")]
-    assert ending == ["s1"] * 4
-    for path in paths:
-        assert path.read_text().startswith("<?xml") and "</svg>" in path.read_text()
-    norms = figures.read(Path("outputs/adhoc"), "norms")
-    figure = figures.norms_figure(norms["mbn"], "mbn")
-    assert figure is not None and len(figure.axes) == 6 * 3
-    drawn = norms["mbn"].query("layer == 'prep.norm' and channel == 0").groupby("step")["batch_mean"].mean()
-    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), drawn)
-    assert figures.norms_figure(norms["nn"], "nn") is None
+    written = [line for line in capsys.readouterr().out.splitlines() if line.startswith("written: ")]
+    stems = [Path(line.removeprefix("written: ")).stem for line in written]
+    layers = ["prep.norm", "res1b.norm", "layer3.norm"]
+    assert stems == [  # nn has no norm to draw
+        *(f"traces-norms-{layer}" for layer in layers),
+        *(f"traces-norms-{layer}-mbn" for layer in layers),
+        *(f"traces-features-{layer}" for layer in ("prep", "res1b", "layer3", "head_input")),
+        "traces-logits",
+    ]
+    assert [path.stem for path in figures.draw(Path("outputs/adhoc"), "s1", [])] == [f"{s}-s1" for s in stems]
+    traces = read_traces(arms_of(Path("outputs/adhoc")), [])
+    own = figures.of_layer(traces.norms, "prep.norm")["mbn"]
+    together = figures.norms_figure(traces.arms, {"mbn": own}, "prep.norm")
+    each = figures.channels_figure(own, "mbn", "prep.norm")
+    assert together is not None and each is not None and (len(together.axes), len(each.axes)) == (8, 6)
+    by_step = own.groupby("step")["batch_mean"]
+    np.testing.assert_allclose(together.axes[0].lines[0].get_ydata(), by_step.median())
+    first = own[own["channel"] == 0].groupby("step")["batch_mean"].mean()
+    np.testing.assert_allclose(each.axes[0].lines[0].get_ydata(), first)
 
     there = "--session 7: no such session; there are s0, s1"
     for arguments, line in (["nowhere"], "no sessions under nowhere"), (["--session", "7"], there):
@@ -546,10 +553,36 @@ def test_a_label_with_signs_stays_text() -> None:
     same = dict.fromkeys(tables.QUANTITIES, 0.5)
     rows = [{"session": "s0", "step": step, "epoch": 1, "layer": "<b>$x$&", "channel": 0, **same}
             for step in (1, 2)]  # fmt: skip
-    figure = figures.norms_figure(pd.DataFrame(rows), '<script>"a"</script>')
+    figure = figures.channels_figure(pd.DataFrame(rows), '<script>"a"</script>', "<b>$x$&")
     assert figure is not None
-    text = figures.svg_of(figure)
-    assert "<script>" not in text and re.search(r"</svg>\s*$", text)
+    text = svg_of(figure, "one")
+    assert "<script>" not in text and "<b>" not in text and "$x$&amp;" in text
+
+
+def test_an_arm_far_beyond_the_others_does_not_flatten_them() -> None:
+    rows = [{"session": "s0", "epoch": e, "step": e, "q01": -w, "q20": -w / 2, "q80": w / 2, "q99": w,
+             "part": "test", "arm": arm} for arm, w in (("obn", 2.0), ("gn", 3.0), ("nn", 1e6))
+            for e in (1, 2)]  # fmt: skip
+    tables_by_arm = dict(tuple(pd.DataFrame(rows).groupby("arm", sort=False)))
+    figure = figures.quantiles_figure(["obn", "gn", "nn"], tables_by_arm, "values", figures.QUANTILES, "")
+    assert figure is not None
+    low, high = figure.axes[0].get_ylim()
+    assert -4 < low < -3 and 3 < high < 4 and "beyond: nn" in words_of(figure)["caption"].get_label()
+
+
+def test_one_bad_file_among_many_is_a_notice(tmp_path: Path) -> None:
+    text = "epoch,step,layer,q01,q20,q80,q99,part,values,out_of\n1,2,a,0,1,2,3,test,4,4\n"
+    files = {"good": text, "half": text + "2,4,a,0,1", "bad": text.replace("0,1,2", "0,x,2"),
+             "other": text.replace("q01", "q1"), "empty": "", "head": text.splitlines()[0]}  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name / "traces").mkdir(parents=True)
+        (tmp_path / name / "traces" / "features.csv").write_text(content)
+    notices: list[str] = []
+    traces = read_traces({"obn": [tmp_path / name for name in (*files, "none")], "gn": []}, notices)
+    assert list(traces.arms) == ["obn", "gn"] and list(traces.features) == ["obn"]
+    assert list(traces.features["obn"]["session"]) == ["good", "half"] and not traces.norms
+    first, second = notices
+    assert "other" in first and "no column 'q01'" in first and "bad" in second and "'x'" in second
 
 
 def test_a_half_written_file_is_passed_over(tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from normbench.bench.interleaved import Side
 from normbench.bench.spread import Spread
 from normbench.plan import read_json
 from normbench.values import Refused
+
+if TYPE_CHECKING:
+    from normbench.bench.interleaved import Side
 
 FORMAT = 2
 Body = dict[str, Any]
@@ -36,7 +38,7 @@ class Group:
     case: Mapping[str, Any]
     per: str
     baseline: str
-    sides: Mapping[str, Side]
+    sides: "Mapping[str, Side]"
     controls: Mapping[str, str] = field(default_factory=dict)
     floor: Mapping[str, float] = field(default_factory=dict)
     note: str = ""

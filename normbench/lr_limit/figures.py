@@ -1,11 +1,9 @@
 """Figures of a search: failure curves, the trials in order, the range test; equal SVG for equal trials."""
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -13,18 +11,35 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from scipy.special import expit
 
+from normbench.figures import (
+    CYCLE,
+    FAINT,
+    INK,
+    SOFT,
+    WIDTH,
+    aside,
+    blank,
+    colour_of,
+    entitle,
+    explain,
+    grid,
+    head,
+    keys,
+    legend,
+    quiet,
+    save_all,
+    wrapped,
+)
 from normbench.lr_limit.curve import LEVEL, proportion_interval
 from normbench.lr_limit.limits import Searched
 from normbench.lr_limit.page import percent, span, value_words
 from normbench.lr_limit.record import Range
 from normbench.lr_limit.trial import Chance
-from normbench.plan import write_whole
-from normbench.stats.figures import CYCLE, FAINT, INK, SOFT, blank, quiet, wrapped
 
 SHARES = np.array(
     [0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98]
 )  # at which the band is drawn
-TRAINED, FAILED, LINE = "#0072b2", "#d55e00", "#aaaaaa"
+TRAINED, FAILED, LINE = CYCLE[1], CYCLE[2], "#aaaaaa"
 SMOOTH = 0.9  # of the range test's running mean
 
 
@@ -33,29 +48,20 @@ def draw(folder: Path, arms: Sequence[Searched], ranges: Sequence[Range], chance
     figures = {"failure-curves": curves_figure(arms), "search": search_figure(arms)}
     if ranges:
         figures["range-test"] = range_figure(arms, ranges, chance)
-    return [save(figure, folder / f"{name}.svg") for name, figure in figures.items()]
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Write an SVG whole or not at all; without a date, so that equal figures are equal files."""
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "normbench"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    write_whole(path, text.getvalue())
-    return path
+    return save_all(figures, folder)
 
 
 def curves_figure(arms: Sequence[Searched]) -> Figure:
     """A panel per arm on one axis of rates: what share failed, the logistic curve, its band, the limit."""
-    figure = blank(1.5 + 1.75 * len(arms))
+    figure = blank(0.5 + 1.75 * len(arms))
     panels = figure.subplots(len(arms), sharex=True, squeeze=False)[:, 0]
     for i, (axes, arm) in enumerate(zip(panels, arms, strict=True)):
-        draw_curve(axes, arm, CYCLE[(i + 1) % len(CYCLE)])
+        draw_curve(axes, arm, colour_of(i))
     in_numbers(panels[-1].xaxis)
     panels[-1].set_xlabel("learning rate")
-    figure.supylabel("sessions that failed (fraction)", fontsize=9, color=INK)
+    aside(figure, "sessions that failed (fraction)")
     n = len(arms[0].sessions)
-    entitle(figure, f"How large can the learning rate be? (n = {n} sessions at every rate)")
+    entitle(figure, "How large can the learning rate be?", f"n = {n} sessions at every rate")
     hollow = " Hollow: rates too small to learn, left out of the fit."
     explain(
         figure,
@@ -90,21 +96,16 @@ def draw_curve(axes: Axes, arm: Searched, color: str) -> None:
     axes.set_ylim(-0.06, 1.06)
     axes.set_yticks([0, 0.5, 1])
     words = f"{arm.name}: half fail at {value_words(arm.limit)} ({percent(LEVEL)} {span(arm.limit)})"
-    axes.set_title(wrapped(words, 90), loc="left", fontsize=9.5, color=color, fontweight="bold")  # fmt: skip
+    head(axes, wrapped(words, 90), color=color, fontsize=9.5, fontweight="bold")
 
 
 def search_figure(arms: Sequence[Searched]) -> Figure:
     """A panel per arm: every trial in the order of the rates, with what they narrowed down."""
-    columns = min(2, len(arms))
-    lines = math.ceil(len(arms) / columns)
-    figure = blank(1.4 + 2.6 * lines)
-    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
-    for axes, arm in zip(panels, arms, strict=False):
-        draw_search(axes, arm)
-    for axes in panels[len(arms) :]:
-        axes.remove()
-    figure.supylabel("learning rate", fontsize=9, color=INK)
-    entitle(figure, f"The search, rate by rate (n = {len(arms[0].sessions)} sessions at each)")
+    figure, panels = grid([arm.name for arm in arms], WIDTH, height=2.6, share="y", most=2)
+    for i, (axes, arm) in enumerate(zip(panels, arms, strict=True)):
+        draw_search(axes, arm, colour_of(i))
+    aside(figure, "learning rate")
+    entitle(figure, "The search, rate by rate", f"n = {len(arms[0].sessions)} sessions at each")
     explain(
         figure,
         "Blue dots: sessions that trained; orange crosses: sessions that failed. The line goes from rate to "
@@ -114,36 +115,38 @@ def search_figure(arms: Sequence[Searched]) -> Figure:
     return figure
 
 
-def draw_search(axes: Axes, arm: Searched) -> None:
+def draw_search(axes: Axes, arm: Searched, color: str) -> None:
     """One arm's trials."""
-    quiet(axes, "y")
+    axes.grid(visible=False, axis="x")
     axes.set_yscale("log")
     rates, n = list(arm.order), len(arm.sessions)
     places = np.arange(1, len(rates) + 1)
     axes.plot(places, rates, color=FAINT, linewidth=1.0, zorder=1)
     low, high = max(arm.limit.low, min(rates) / 2), min(arm.limit.high, max(rates) * 2)
     axes.axhspan(low, high, color="#e8e8e8", linewidth=0, zorder=0, label="interval")
-    aside = (np.arange(n) - (n - 1) / 2) * min(0.12, 0.7 / n)
+    apart = (np.arange(n) - (n - 1) / 2) * min(0.12, 0.7 / n)
     for place, rate in zip(places, rates, strict=True):
         failed = np.array([trial.failed for trial in arm.order[rate]], bool)
-        x, y = place + aside, np.full(n, rate)
+        x, y = place + apart, np.full(n, rate)
         axes.plot(x[~failed], y[~failed], "o", color=TRAINED, markersize=3.2, markeredgewidth=0)
         axes.plot(x[failed], y[failed], "x", color=FAILED, markersize=3.8, markeredgewidth=1.1)
     in_numbers(axes.yaxis)
     axes.set_xticks(places)
     axes.set_xlabel("rates in the order tried")
-    axes.set_title(wrapped(arm.name, 40), loc="left", fontsize=9.5, color=INK, fontweight="bold")
+    head(axes, wrapped(arm.name, 40), color=color, fontsize=9.5, fontweight="bold")
 
 
 def range_figure(arms: Sequence[Searched], ranges: Sequence[Range], chance: Chance) -> Figure:
     """Training loss against a rate that grows step by step, a line per arm, with each arm's limit below."""
-    figure = blank(4.4)
+    figure = blank(3.5)
     axes = figure.subplots()
     on_rates(axes)
     top = 1.6 * chance.loss
     limits = {arm.name: arm.limit for arm in arms}
-    for i, found in enumerate(ranges):
-        color = CYCLE[(i + 1) % len(CYCLE)]
+    names = [arm.name for arm in arms]
+    places = [names.index(r.arm) if r.arm in names else len(names) + i for i, r in enumerate(ranges)]
+    for place, found in zip(places, ranges, strict=True):
+        color = colour_of(place)
         rates, losses = np.array(found.rates[: len(found.losses)]), np.array(found.losses)
         axes.plot(rates, losses, color=color, alpha=0.25, linewidth=0.8)
         axes.plot(rates, smoothed(losses), color=color, linewidth=1.8, label=found.arm)
@@ -156,8 +159,8 @@ def range_figure(arms: Sequence[Searched], ranges: Sequence[Range], chance: Chan
     in_numbers(axes.xaxis)
     axes.set_xlabel("learning rate, growing with every step")
     axes.set_ylabel("training loss (nats)", fontsize=9, color=INK)
-    axes.legend(frameon=False, fontsize=8.5, loc="upper left", ncols=min(4, len(ranges)))
-    entitle(figure, f"Learning-rate range test (one run of {len(ranges[0].rates)} steps an arm, session 0)")
+    legend(figure, keys([found.arm for found in ranges], places))
+    entitle(figure, "Learning-rate range test", f"one run of {len(ranges[0].rates)} steps an arm, session 0")
     explain(
         figure,
         f"Pale: each batch; bold: running mean ({SMOOTH:g}). A line that stops early had a loss that was "
@@ -188,13 +191,3 @@ def in_numbers(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
-
-
-def entitle(figure: Figure, words: str) -> None:
-    """The title: what is shown, and n."""
-    figure.suptitle(wrapped(words, 88), x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
-
-
-def explain(figure: Figure, words: str) -> None:
-    """How to read it, below."""
-    figure.supxlabel(wrapped(words, 125), x=0.01, ha="left", fontsize=8, color=SOFT)

@@ -1,6 +1,5 @@
 """The confusion matrix as a figure: counts, shaded by their share of the true class."""
 
-import io
 from collections.abc import Sequence
 
 import matplotlib as mpl
@@ -9,11 +8,11 @@ import numpy.typing as npt
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from normbench.stats.figures import INK, SOFT, TREATMENT
+from normbench.figures import BAND, CYCLE, INK, SOFT, blank, entitle
 
 COUNTED = 20  # classes up to which every cell says its count
 NAMED = 40  # classes up to which every class is named
-SHADES = LinearSegmentedColormap.from_list("shades", ["#ffffff", "#d9eaf7", TREATMENT, "#003a5c"])
+SHADES = LinearSegmentedColormap.from_list("shades", ["#ffffff", BAND, CYCLE[1], "#003a5c"])
 
 
 def confusion_figure(confusion: npt.NDArray[np.int64], names: Sequence[str], title: str) -> Figure:
@@ -21,7 +20,7 @@ def confusion_figure(confusion: npt.NDArray[np.int64], names: Sequence[str], tit
     count = len(names)
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     side = min(max(0.42 * count, 3.2), 9.0)
-    figure = Figure(figsize=(side + 2.0, side + 1.2), layout="constrained")
+    figure = blank(side + 0.7, side + 2.0)
     axes = figure.subplots()
     # a power lifts the few confusions above white
     image = axes.imshow(shares, cmap=SHADES, norm=mpl.colors.PowerNorm(0.5, 0, 1), interpolation="nearest")
@@ -45,14 +44,6 @@ def confusion_figure(confusion: npt.NDArray[np.int64], names: Sequence[str], tit
     axes.tick_params(which="major", length=0)
     axes.set_xlabel("predicted", color=INK)
     axes.set_ylabel("true", color=INK)
-    axes.set_title(title, loc="left", fontsize=10, color=INK, parse_math=False)
     axes.spines[:].set_visible(False)
+    entitle(figure, title)
     return figure
-
-
-def confusion_svg(confusion: npt.NDArray[np.int64], names: Sequence[str], title: str) -> bytes:
-    """The figure as SVG; equal numbers draw equal files, for neither the time nor random ids are in them."""
-    drawn = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "normbench", "svg.fonttype": "none"}):
-        confusion_figure(confusion, names, title).savefig(drawn, format="svg", metadata={"Date": None})
-    return drawn.getvalue()

@@ -18,10 +18,11 @@ from rich.text import Text
 from torch import nn
 from torch.nn import functional
 
+from normbench.figures import save_svg
 from normbench.norms.base import widen
 from normbench.plan import write_whole
 from normbench.predict.batches import Batches
-from normbench.predict.figures import confusion_svg
+from normbench.predict.figures import confusion_figure
 from normbench.results import Row, finite
 from normbench.training import AUTOCAST
 from normbench.values import Refused
@@ -221,5 +222,5 @@ def write(
     title = f"{scores.images:,} images, accuracy {scores.acc:.4f}"
     write_whole(metrics, metrics_text(scores, provenance).encode("utf-8", "surrogateescape"))
     write_whole(matrix, confusion_text(scores, names))
-    write_whole(figure, confusion_svg(scores.confusion, names, title))
+    save_svg(confusion_figure(scores.confusion, names, title), figure)
     return [out, *beside]

@@ -192,8 +192,7 @@ def finish(body: Body, own: "Mapping[str, Steps] | None", theirs: Sequence[Serie
         write_json(folder / "profile.json", body)
         write_whole(folder / "layers.csv", record.as_csv(record.LAYER_COLUMNS, record.layer_rows(body)))
         write_whole(folder / "steps.csv", record.as_csv(record.STEP_COLUMNS, record.step_rows(body)))
-        for name, figure in figures.of(body, theirs).items():
-            figures.save(figure, folder / f"{name}.svg")
+        figures.draw(body, theirs, folder)
     except OSError as error:
         raise Refused(f"the results cannot be written: {line_of(error)}") from error
     tables.show(body)
@@ -208,8 +207,7 @@ def write_page(page: Path, bodies: Sequence[Body]) -> None:
     beside = page.with_suffix("")
     try:
         for body in bodies:
-            for name, figure in figures.of(body, ()).items():
-                figures.save(figure, beside / f"{label(body)}-{name}.svg")
+            figures.draw(body, (), beside, label(body))
         write_whole(page, tables.page(bodies, beside.name, label))
     except OSError as error:
         raise Refused(f"the page cannot be written: {line_of(error)}") from error

@@ -1,207 +1,265 @@
-"""A profile's figures, drawn from its JSON: bars per layer and arm, roofline, shares, theirs over ours."""
+"""A profile's figures, drawn from its JSON: bars per layer and arm, roofline, shares, theirs over ours.
 
-import io
-from collections.abc import Sequence
+Each draws so many inches wide; `sketches` lists all that there is data for. `places` are the arms' in the
+palette, so that a page which also shows sessions gives an arm one colour.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 
+from normbench.bench.page import unit_of
 from normbench.bench.spread import Spread
-from normbench.plan import write_whole
+from normbench.figures import (
+    CYCLE,
+    FAINT,
+    INK,
+    NARROW,
+    SOFT,
+    WIDTH,
+    Sketch,
+    aside,
+    below,
+    blank,
+    colour_of,
+    entitle,
+    explain,
+    grid,
+    head,
+    is_narrow,
+    key,
+    keys,
+    legend,
+    mark_of,
+    quiet,
+    save_svg,
+    wrapped,
+)
 from normbench.profile import groups
 from normbench.profile.compare import Series
-from normbench.profile.record import Body, step_rows
-from normbench.stats.figures import CYCLE, INK, SOFT, blank, explain, quiet
+from normbench.profile.record import PASSES, Body, step_rows
 
-PASSES = ("forward", "backward")
 THEIRS = {"MBN": "D", "OBN": "s"}  # markers
+LONGEST = 1.5  # times the longest bar: where an axis ends, whatever a spread's line does
+Places = Sequence[int]
 
 
-def of(body: Body, theirs: Sequence[Series]) -> dict[str, Figure]:
-    """Every figure that there is data for, by name."""
-    found = {"layers-model": bars(body, in_model=True), "steps": steps(body)}
+def sketches(body: Body, theirs: Sequence[Series] = (), places: Places | None = None) -> Iterator[Sketch]:
+    """Every figure that there is data for."""
+    at = list(places or range(len(body["arms"])))
+    yield Sketch(("layers-model",), partial(bars, body, at, True), sums(body, in_model=True))
     if body["alone"]:
-        found |= {"layers-alone": bars(body, in_model=False), "roofline": roofline(body)}
+        yield Sketch(("layers-alone",), partial(bars, body, at, False), sums(body, in_model=False))
+        yield Sketch(("roofline",), partial(roofline, body, at), of_copies(body))
+    yield Sketch(("steps",), partial(steps, body, at), shares(body))
     if theirs:
-        found["compare"] = compared(body, theirs)
-    return found
+        yield Sketch(("compare",), partial(compared, body, theirs, at), "Theirs are marks over our bars.")
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write an SVG whole or not at all; equal figures are equal bytes."""
-    image = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "normbench"}):
-        figure.savefig(image, format="svg", metadata={"Date": None})
-    write_whole(path, image.getvalue())
+def draw(body: Body, theirs: Sequence[Series], folder: Path, *before: str) -> None:
+    """Save every figure as SVG; `before` are words that its file's name begins with."""
+    for sketch in sketches(body, theirs):
+        if (figure := sketch.make(WIDTH)) is not None:
+            save_svg(figure, folder / f"{'-'.join([*before, *sketch.parts])}.svg")
 
 
-def bars(body: Body, in_model: bool) -> Figure:
+def bars(body: Body, places: Places, in_model: bool, width: float = WIDTH) -> Figure:
     """Time of every layer, a bar an arm, a panel a pass, with the 20th and 80th percentile."""
     shown, arms = groups.shown(body), body["arms"]
-    figure = blank(5.6)
-    panels = figure.subplots(2, sharex=True)
+    find = groups.in_model if in_model else partial(groups.alone, body)
+    figure, panels = layer_panels(shown, len(arms), width)
+    clipped = False
     for axes, which in zip(panels, PASSES, strict=True):
-        for i, arm in enumerate(arms):
-            times = [
-                groups.in_model(arm, one.layers, which)
-                if in_model
-                else groups.alone(body, arm, one.layers, which)
-                for one in shown
-            ]
-            draw_bars(axes, times, i, len(arms), arm["arm"])
-        quiet(axes, "y")
-        axes.set_ylabel(f"{which} (ms)", fontsize=9, color=INK)
-        axes.set_ylim(bottom=0)
-    name_layers(panels[-1], shown)
-    panels[0].legend(**legend(len(arms)))
-    place = "inside the running step" if in_model else "alone"
-    title(figure, f"{body['model']}: norm layers {place}, {setting(body)}")
-    many = "Layers of one shape are added up. " if len(shown) < len(arms[0]["layers"]) else ""
+        times = [[find(arm, one.layers, which) for one in shown] for arm in arms]
+        clipped |= draw_bars(axes, times, places)
+        head(axes, which, fontsize=9.5)
+    legend(figure, keys([arm["arm"] for arm in arms], places, boxes=True))
+    where = "inside the running step" if in_model else "alone"
+    entitle(figure, f"norm layers of {body['model']} {where}", setting(body))
     explain(
         figure,
-        f"{many}Bars: medians of {len(arms[0]['step_s'])} rounds; lines: 20th to 80th percentile.",
+        "Layers of one shape are added up." if len(shown) < len(arms[0]["layers"]) else "",
+        f"Bars: medians of {len(arms[0]['step_s'])} rounds; lines: 20th to 80th percentile.",
+        "A line that ends at the edge goes on." if clipped else "",
         relu_note(body),
     )
     return figure
 
 
-def draw_bars(axes: Axes, times: Sequence[Sequence[float]], place: int, arms: int, name: str) -> None:
-    """One arm's bars, beside those of the others."""
-    width = 0.82 / arms
-    x = np.arange(len(times)) + (place - (arms - 1) / 2) * width
-    spreads = [Spread.of(own) if own else Spread(0, 0, 0) for own in times]
-    heights = np.array([s.median for s in spreads]) * 1e3
-    below = heights - np.array([s.p20 for s in spreads]) * 1e3
-    above = np.array([s.p80 for s in spreads]) * 1e3 - heights
-    color = CYCLE[place % len(CYCLE)]
-    axes.bar(x, heights, width * 0.92, color=color, label=name)
-    axes.errorbar(x, heights, [below, above], fmt="none", ecolor=INK, elinewidth=0.7, capsize=0)
+def layer_panels(shown: Sequence[groups.Shown], arms: int, width: float) -> tuple[Figure, list[Axes]]:
+    """A panel a pass with a row a layer: side by side, or below each other where it is narrow."""
+    narrow = width < NARROW
+    names = [wrapped(f"{one.name} {one.shape}", 15 if narrow else 24) for one in shown]
+    tall = len(shown) * row_height(names, arms)
+    figure = blank(0.7 + tall if not narrow else 1.4 + 2 * tall, width)
+    spots = figure.subplots(2 if narrow else 1, 1 if narrow else 2, sharey=True, squeeze=False).ravel()
+    for axes in spots:
+        name_rows(axes, names)
+    return figure, list(spots)
 
 
-def roofline(body: Body) -> Figure:
+def row_height(names: Sequence[str], bars_each: int) -> float:
+    """Inches for so many bars, or for the longest name."""
+    return max(0.1 + 0.085 * bars_each, 0.06 + 0.13 * max(name.count("\n") + 1 for name in names))
+
+
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Rows from the top down."""
+    quiet(axes, "x")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.tick_params(axis="y", length=0, labelsize=8)
+    axes.locator_params(axis="x", nbins=5)
+
+
+def draw_bars(axes: Axes, times: Sequence[Sequence[Sequence[float]]], places: Places, unit: str = "") -> bool:
+    """Every arm's bars, beside each other: (arms, layers, rounds); whether a spread's line is cut off."""
+    spreads = [[Spread.of(own) if own else Spread(0, 0, 0) for own in arm] for arm in times]
+    longest = max((s.median for arm in spreads for s in arm), default=0.0)
+    scale, unit = (1.0, unit) if unit else unit_of(longest)
+    thick = 0.82 / len(times)
+    for i, (arm, place) in enumerate(zip(spreads, places, strict=True)):
+        y = np.arange(len(arm)) + (i - (len(times) - 1) / 2) * thick
+        axes.barh(y, [s.median / scale for s in arm], thick * 0.9, color=colour_of(place), linewidth=0)
+        axes.hlines(y, [s.p20 / scale for s in arm], [s.p80 / scale for s in arm], color=INK, linewidth=0.7)
+    farthest = max((s.p80 for arm in spreads for s in arm), default=0.0)
+    if longest:
+        axes.set_xlim(0, 1.04 * min(farthest, LONGEST * longest) / scale)
+    axes.set_xlabel(unit, fontsize=8.5)
+    return farthest > LONGEST * longest > 0
+
+
+def roofline(body: Body, places: Places, width: float = WIDTH) -> Figure:
     """Bytes per second that layers alone have to move, over the size of their input, under a copy's."""
-    figure = blank(4.6)
-    axes = figure.subplots()
+    figure, panels = grid(PASSES, width, 2.7, most=2)
     copies: dict[int, list[float]] = {}
     for group in body["alone"]:
         size = group["tensor_bytes"]
         copies.setdefault(size, []).extend(2 * size / seconds / 1e9 for seconds in group["copy_s"])
     sizes = sorted(copies)
-    x, roofs = [size / 2**20 for size in sizes], [Spread.of(copies[size]) for size in sizes]
-    axes.fill_between(x, [s.p20 for s in roofs], [s.p80 for s in roofs], color="#e4e4e4", linewidth=0)
-    axes.plot(x, [s.median for s in roofs], color=SOFT, linewidth=1.6, marker="_", markersize=9)
+    roofs = [Spread.of(copies[size]) for size in sizes]
     arms = body["arms"]
-    for i, arm in enumerate(arms):
-        shift = 1.035 ** (i - (len(arms) - 1) / 2)
-        for which, inside in (("forward", CYCLE[i % len(CYCLE)]), ("backward", "white")):
-            points = list(rates(body, arm, which))
-            axes.plot([p[0] * shift for p in points], [p[1] for p in points], "o", markersize=5.5,
-                      color=CYCLE[i % len(CYCLE)], markerfacecolor=inside, markeredgewidth=1.2)  # fmt: skip
-    quiet(axes, "both")
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    axes.set_xlabel("size of the layer's input (MiB)")
-    axes.set_ylabel("bytes that have to move, per second (GB/s)", fontsize=9, color=INK)
-    handles = [Line2D([], [], color=SOFT, linewidth=1.6, label="a copy: the roof")]
-    handles += [
-        Line2D([], [], marker="o", linestyle="", color=CYCLE[i % len(CYCLE)], label=arm["arm"])
-        for i, arm in enumerate(arms)
-    ]
-    handles.append(
-        Line2D(
-            [], [], marker="o", linestyle="", color=SOFT, markerfacecolor="white", label="hollow: backward"
-        )
-    )
-    axes.legend(handles=handles, **legend(len(handles)))
-    title(figure, f"{body['model']}: norm layers under the memory's roof, {setting(body)}")
+    for axes, which in zip(panels, PASSES, strict=True):
+        axes.fill_between(sizes, [s.p20 for s in roofs], [s.p80 for s in roofs], color=FAINT, linewidth=0)
+        axes.plot(sizes, [s.median for s in roofs], color=SOFT, linewidth=1.4, marker="_", markersize=9)
+        for i, (arm, place) in enumerate(zip(arms, places, strict=True)):
+            shift = 1.04 ** (i - (len(arms) - 1) / 2)  # so that points of one size stay beside each other
+            points = sorted(rates(body, arm, which))
+            axes.plot([size * shift for size, _ in points], [rate for _, rate in points], mark_of(place),
+                      color=colour_of(place), alpha=0.85, markersize=5, markeredgewidth=0)  # fmt: skip
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=4 if width < NARROW else 6))
+        axes.xaxis.set_major_formatter(lambda value, _: in_bytes(value))
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+    below(panels, "size of the layer's input")
+    aside(figure, "bytes that have to move (GB/s)")
+    roof = key("a copy: the roof", color=SOFT, linewidth=1.4)
+    legend(figure, [*keys([arm["arm"] for arm in arms], places, boxes=True), roof])
+    entitle(figure, f"norm layers of {body['model']} alone, under the memory's roof", setting(body))
     explain(
         figure,
-        "Norm layers compute little per byte, so memory is their roof. A point is a layer alone (layers that "
-        "are alike share one); bytes are the least that its algorithm has to move. Above the roof, a cache "
-        "has held what is counted as moved twice.",
+        "Norm layers compute little per byte, so memory is their roof. A point is a layer (those that are "
+        "alike share one); bytes are the least that its algorithm has to move. Above the roof, a cache has "
+        "held what is counted as moved twice. Grey band: 20th to 80th percentile of the copy.",
     )
     return figure
 
 
+def in_bytes(value: float) -> str:
+    """`512 KiB`."""
+    return f"{value / 2**20:.3g} MiB" if value >= 2**20 else f"{value / 2**10:.3g} KiB"
+
+
 def rates(body: Body, arm: Body, which: str) -> set[tuple[float, float]]:
-    """MiB of the input and GB/s, of every layer alone that was measured."""
+    """Bytes of the input and GB/s, of every layer alone that was measured."""
     found = set()
     sizes = {likeness: group["tensor_bytes"] for group in body["alone"] for likeness in group["layers"]}
     for place, layer in enumerate(arm["layers"]):
         times, moved = groups.alone(body, arm, [place], which), layer[f"{which}_bytes"]
         if times and moved:
-            found.add((sizes[layer["alike"]] / 2**20, moved / Spread.of(times).median / 1e9))
+            found.add((float(sizes[layer["alike"]]), moved / Spread.of(times).median / 1e9))
     return found
 
 
-def steps(body: Body) -> Figure:
+def steps(body: Body, places: Places, width: float = WIDTH) -> Figure:
     """The norms' share of every arm's step, by layers and by difference."""
     rows = list(step_rows(body))
-    figure = blank(1.5 + 0.55 * len(rows))
+    names = [wrapped(row["arm"], 15 if width < NARROW else 24) for row in rows]
+    figure = blank(0.6 + len(rows) * max(0.42, row_height(names, 2)), width)
     axes = figure.subplots()
-    for i, row in enumerate(rows):
-        for how, shift, color in (("layers", -0.19, CYCLE[1]), ("difference", 0.19, CYCLE[5])):
+    name_rows(axes, names)
+    for i, (row, place) in enumerate(zip(rows, places, strict=True)):
+        for how, shift, inside in (("layers", -0.19, colour_of(place)), ("difference", 0.19, "white")):
             name = f"norm_share_by_{how}"
             share, low, high = (100 * row[f"{name}{end}"] for end in ("", "_p20", "_p80"))
-            axes.barh(i + shift, share, 0.34, color=color, label=f"by {how}" if i == 0 else None)
+            axes.barh(i + shift, share, 0.32, color=inside, edgecolor=colour_of(place), linewidth=1.1)
             axes.plot([low, high], [i + shift] * 2, color=INK, linewidth=0.9)
-    quiet(axes, "x")
     axes.axvline(0, color=SOFT, linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [row["arm"] for row in rows])
-    axes.set_ylim(len(rows) - 0.45, -0.55)
-    axes.set_xlabel("share of the step (%)")
-    axes.legend(**legend(2))
-    title(figure, f"{body['model']}: what norms take of a training step, {setting(body)}")
+    axes.set_xlabel("share of the step (%)", fontsize=8.5)
+    look = {"marker": "s", "markersize": 6.5, "linestyle": "", "color": SOFT}
+    legend(figure, [key("by layers", **look), key("by difference", markerfacecolor="white", **look)])
+    entitle(figure, f"what norms take of a training step of {body['model']}", setting(body))
     explain(
         figure,
-        "By layers: their times inside the step. By difference: the step less the step without norms. Lines: "
-        f"20th to 80th percentile of {rows[0]['rounds']} rounds.",
+        "By layers: their times inside the step, added up. By difference: the step less the step without "
+        f"norms. Lines: 20th to 80th percentile of {rows[0]['rounds']} rounds.",
         "By layers is less the ReLU that layers have inside." if relu_note(body) else "",
     )
     return figure
 
 
-def compared(body: Body, theirs: Sequence[Series]) -> Figure:
+def compared(body: Body, theirs: Sequence[Series], places: Places, width: float = WIDTH) -> Figure:
     """Their layers over ours as parts of all norm time, and both totals against their own first arm's."""
     shown, arms = groups.shown(body), body["arms"]
-    figure = blank(8.2)
-    panels = figure.subplots(3, height_ratios=(1, 1, 0.9))
-    for axes, which in zip(panels[:2], PASSES, strict=True):
+    names = [wrapped(f"{one.name} {one.shape}", 15 if width < NARROW else 24) for one in shown]
+    tall = 0.6 + len(shown) * row_height(names, len(arms))
+    narrow = width < NARROW
+    figure = blank((2 * tall if narrow else tall) + 2.6, width)
+    beside = [["forward"], ["backward"]] if narrow else [["forward", "backward"]]
+    rows: list[Any] = [*beside, ["all"] * len(beside[0])]
+    spots = figure.subplot_mosaic(rows, height_ratios=[*[tall] * (len(rows) - 1), 2.4])
+    for which in PASSES:
+        axes = spots[which]
+        name_rows(axes, names)
+        times = []
+        for arm in arms:
+            own = [groups.in_model(arm, one.layers, which) for one in shown]
+            whole = sum(Spread.of(one).median for one in own if one)
+            times.append([[100 * s / whole for s in one] for one in own])
+        draw_bars(axes, times, places, "part of all norm time (%)")
         for i, arm in enumerate(arms):
-            times = [groups.in_model(arm, one.layers, which) for one in shown]
-            whole = sum(Spread.of(own).median for own in times if own)
-            draw_bars(axes, [[s / whole / 10 for s in own] for own in times], i, len(arms), arm["arm"])
-            width = 0.82 / len(arms)
             for one in (one for one in theirs if one.stride == arm["stride"]):
                 parts = [sum(one.times_s[which][place] for place in s.layers) for s in shown]
-                x = np.arange(len(shown)) + (i - (len(arms) - 1) / 2) * width
-                axes.plot(x, 100 * np.array(parts) / sum(parts), THEIRS.get(one.arm, "o"), color="white",
-                          markeredgecolor=INK, markersize=4.5, markeredgewidth=0.9)  # fmt: skip
-        quiet(axes, "y")
-        axes.set_ylabel(f"{which}: part of\nall norm time (%)", fontsize=9, color=INK)
-        axes.set_ylim(bottom=0)
-        name_layers(axes, shown)
-    draw_totals(panels[2], body, theirs)
-    handles = panels[0].get_legend_handles_labels()[0]
-    names = sorted({one.arm for one in theirs})
-    handles = [*handles, *(
-        Line2D([], [], marker=THEIRS.get(name, "o"), linestyle="", color="white", markeredgecolor=INK,
-               label=f"theirs: {name}") for name in names
-    )]  # fmt: skip
-    panels[0].legend(handles=handles, **legend(len(handles)))
-    title(figure, f"{body['model']}: ours under another table's times, {setting(body)}")
+                y = np.arange(len(shown)) + (i - (len(arms) - 1) / 2) * 0.82 / len(arms)
+                axes.plot(100 * np.array(parts) / sum(parts), y, **theirs_look(one.arm))
+        axes.set_xlim(0, None)
+        axes.autoscale(axis="x")
+        head(axes, which, fontsize=9.5)
+    if not narrow:
+        spots["backward"].tick_params(labelleft=False)
+    draw_totals(spots["all"], body, theirs)
+    marks = [key(f"theirs: {name}", **theirs_look(name)) for name in sorted({one.arm for one in theirs})]
+    legend(figure, [*keys([arm["arm"] for arm in arms], places, boxes=True), *marks])
+    entitle(figure, f"ours under another table's times, {body['model']}", setting(body))
     explain(
         figure,
         "Bars: ours inside the step; marks: theirs at the same stride. Machines differ, so layers are parts "
         "of all norm time, and totals are against each table's smallest stride.",
     )
     return figure
+
+
+def theirs_look(arm: str) -> dict[str, Any]:
+    """How an arm of another table is marked."""
+    return {"marker": THEIRS.get(arm, "o"), "linestyle": "", "color": "white", "markeredgecolor": INK,
+            "markersize": 4.5, "markeredgewidth": 0.9}  # fmt: skip
 
 
 def draw_totals(axes: Axes, body: Body, theirs: Sequence[Series]) -> None:
@@ -224,49 +282,24 @@ def draw_totals(axes: Axes, body: Body, theirs: Sequence[Series]) -> None:
             first = by_stride[strides[0]][which]
             values = [by_stride[stride][which] / first for stride in strides]
             marker = "o" if name in ours else THEIRS.get(name.removeprefix("theirs: "), "o")
-            color = CYCLE[(1, 0, 2, 3, 4)[i % 5]]
-            axes.plot(strides, values, style, marker=marker, color=color, markersize=5, linewidth=1.4,
-                      label=f"{name}, {which}")  # fmt: skip
+            axes.plot(strides, values, style, marker=marker, color=CYCLE[(1, 0, 2, 3, 4)[i % 5]],
+                      markersize=5, linewidth=1.4, label=f"{name}, {which}")  # fmt: skip
     quiet(axes, "both")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({s for lines in (*ours.values(), *others.values()) for s in lines}))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("stride")
-    axes.set_ylabel("all norm layers,\nagainst smallest stride", fontsize=9, color=INK)
-    axes.legend(fontsize=8, frameon=False, ncols=2)
-
-
-def name_layers(axes: Axes, shown: Sequence[groups.Shown]) -> None:
-    """Layers along the x axis."""
-    slanted = len(shown) > 9
-    axes.set_xticks(
-        range(len(shown)),
-        [f"{one.name}\n{one.shape}" for one in shown],
-        rotation=45 if slanted else 0,
-        ha="right" if slanted else "center",
-        fontsize=7 if slanted else 7.5,
-    )
-    axes.tick_params(axis="x", length=0, labelsize=7 if slanted else 7.5)
-    axes.set_xlim(-0.6, len(shown) - 0.4)
-
-
-def legend(entries: int) -> dict[str, Any]:
-    """Above the panel, in one or more lines."""
-    return {"fontsize": 8, "frameon": False, "ncols": min(entries, 6), "loc": "lower left",
-            "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.2, "handlelength": 1.2}  # fmt: skip
-
-
-def title(figure: Figure, text: str) -> None:
-    """What is shown."""
-    figure.suptitle(text.replace("$", r"\$"), x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
+    axes.set_ylabel("all norm layers,\nagainst the smallest stride")
+    axes.legend(fontsize=8, frameon=False, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1),
+                ncols=1 if is_narrow(axes) else 3)  # fmt: skip
 
 
 def setting(body: Body) -> str:
-    """`batch 32, fp32, EPYC`: what all arms share."""
+    """`batch 32, fp32, CPU`: what all arms share."""
     parts = []
-    for key, say in (("batch_size", "batch {}"), ("precision", "{}")):
-        values = {arm[key] for arm in body["arms"]}
+    for name, say in (("batch_size", "batch {}"), ("precision", "{}")):
+        values = {arm[name] for arm in body["arms"]}
         parts += [say.format(*values)] if len(values) == 1 else []
     parts.append("CUDA" if body["machine"]["device"].startswith("cuda") else "CPU")
     return ", ".join(parts)
@@ -276,3 +309,37 @@ def relu_note(body: Body) -> str:
     """A sentence where layers have ReLU inside."""
     inside = any(layer["relu_inside"] for arm in body["arms"] for layer in arm["layers"])
     return "Fused layers before a ReLU have it inside, and in their time." if inside else ""
+
+
+def sums(body: Body, in_model: bool) -> str:
+    """All layers of every arm together, in words."""
+    said = []
+    for arm in body["arms"]:
+        every = range(len(arm["layers"]))
+        find = groups.in_model if in_model else partial(groups.alone, body)
+        both = {which: find(arm, every, which) for which in PASSES}
+        words = [f"{1e3 * Spread.of(own).median:.3g} ms {which}" for which, own in both.items() if own]
+        said += [f"{arm['arm']} {', '.join(words)}"] if words else []
+    return "All layers together: " + "; ".join(said)
+
+
+def of_copies(body: Body) -> str:
+    """How near a copy's rate each arm's layers come, in words."""
+    said = []
+    for arm in body["arms"]:
+        for which in PASSES:
+            found = [rate / copied for place, layer in enumerate(arm["layers"])
+                     if (times := groups.alone(body, arm, [place], which)) and layer[f"{which}_bytes"]
+                     and (copied := groups.copy_rate(body, arm, place))
+                     and (rate := layer[f"{which}_bytes"] / Spread.of(times).median)]  # fmt: skip
+            said += [f"{arm['arm']} {which} {min(found):.0%} to {max(found):.0%}"] if found else []
+    return "Of a copy's rate: " + "; ".join(said)
+
+
+def shares(body: Body) -> str:
+    """Both shares of every arm, in words."""
+    return "; ".join(
+        f"{row['arm']} {row['norm_share_by_layers']:.1%} by layers, {row['norm_share_by_difference']:.1%} "
+        "by difference"
+        for row in step_rows(body)
+    )

@@ -210,7 +210,7 @@ def read_profile(key: str, path: str) -> Body:
         body = read_json(file)
     except Refused:  # whose cure, to remove the file, is meant for our own
         body = None
-    if not isinstance(body, dict) or body.get("format") != FORMAT or "arms" not in body:
+    if not isinstance(body, dict) or body.get("format") != FORMAT or not body.get("arms"):
         raise Refused(f"{key}={path} is no result of this version's profile")
     found: Body = body
     return found

@@ -152,6 +152,13 @@ def missing(body: Body) -> Iterator[str]:
             yield f"{arm['arm']} cannot be measured alone: {reason}."
 
 
+def caveat(body: Body) -> str:
+    """A sentence where a profile is no whole measurement."""
+    if body["quick"]:
+        return "A quick run: nothing about speed."
+    return "" if body["complete"] else "Interrupted: what was measured by then."
+
+
 def crowded(body: Body) -> str:
     """A sentence where other work took processor time from the steps."""
     machine, share = body["machine"], body["cpu_share"]
@@ -182,11 +189,8 @@ def section(body: Body, folder: str, label: str) -> Iterator[str]:
     machine = body["machine"]
     yield f"## {body['model']}, {body['dataset']}'s images ({'×'.join(map(str, body['image']))})"
     yield ""
-    if body["quick"] or not body["complete"]:
-        why = (
-            "A quick run: nothing about speed" if body["quick"] else "Interrupted: what was measured by then"
-        )
-        yield f"**{why}.**"
+    if why := caveat(body):
+        yield f"**{why}**"
         yield ""
     on = "CUDA" if machine["device"].startswith("cuda") else "the CPU"
     yield (

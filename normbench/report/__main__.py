@@ -15,6 +15,7 @@ from pathlib import Path
 
 from normbench.doors import one_line_errors, say
 from normbench.overview import look
+from normbench.profile.record import read_profile
 from normbench.results import session_names
 from normbench.stats.choices import add_choices, check_choices
 from normbench.status import headline, seconds
@@ -62,8 +63,8 @@ def check(given: argparse.Namespace) -> None:
     if given.study.is_file():
         raise Refused(f"{given.study} is a file; give a study's folder like outputs/adhoc")
     look(given.study, given.all)
-    if given.profile is not None and not (given.profile / "layers.csv").is_file():
-        raise Refused(f"--profile {given.profile}: no layers.csv there; give a folder that `profile` wrote")
+    if given.profile is not None:
+        read_profile("--profile", str(given.profile))
 
 
 def write(given: argparse.Namespace, patient: bool = False, reload_s: float | None = None) -> list[Path]:
@@ -147,7 +148,7 @@ def state_of(given: argparse.Namespace) -> list[object]:
     """What the page rests on: names, sizes and times of the sessions' files, the plans and the profile."""
     folders = [given.study / name for name in session_names(given.study)]
     files = [folder / name for folder in folders for name in ("session.json", "failure.json", "epochs.csv")]
-    files += [*given.study.glob("plan-*.json"), *given.study.glob("profile/*/layers.csv")]
+    files += [*given.study.glob("plan-*.json"), *given.study.glob("profile/*/profile.json")]
     states: list[object] = []
     for path in files:
         try:

@@ -1,16 +1,14 @@
 """Learning curves: every arm's sessions over the epochs, as median, middle and range."""
 
-import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from normbench.report.panels import Floats, banded, below, grid
+from normbench.csv_files import read_together
+from normbench.figures import SOFT, Floats, banded, below, entitle, explain, grid, spoken
 from normbench.report.study import ArmFiles
-from normbench.stats.figures import SOFT, entitle, explain, spoken
 
 SHOWN = {"test_acc": "test accuracy (fraction)", "val_acc": "validation accuracy (fraction)",
          "train_loss": "training loss (nats)"}  # fmt: skip
@@ -22,26 +20,11 @@ def read_curves(arms: Sequence[ArmFiles], notices: list[str]) -> Curves:
     """arm → the rows of all its sessions' epochs.csv, those that run too; a file that is none is a notice."""
     found = {}
     for arm in arms:
-        tables = [table for folder in arm.sessions if (table := read_one(folder, notices)) is not None]
-        nothing = pd.DataFrame(columns=["epoch", *SHOWN], dtype=float)
-        found[arm.label] = pd.concat(tables) if tables else nothing
+        files = {folder.name: folder / "epochs.csv" for folder in arm.sessions}
+        table = read_together(files, ["epoch"], list(SHOWN), notices=notices)
+        nothing = pd.DataFrame(columns=["epoch", "session", *SHOWN], dtype=float)
+        found[arm.label] = nothing if table is None else table
     return found
-
-
-def read_one(folder: Path, notices: list[str]) -> pd.DataFrame | None:
-    """One session's epochs as numbers, without a row that is being written; None where there is none."""
-    try:
-        text = (folder / "epochs.csv").read_text()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    try:
-        table = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1]))
-        wanted = ["epoch", *(column for column in SHOWN if column in table)]
-        table = table[wanted].astype(float)
-    except (ValueError, KeyError, pd.errors.ParserError) as error:
-        notices.append(f"{folder / 'epochs.csv'} cannot be read: {str(error).splitlines()[0]}")
-        return None
-    return table.assign(session=folder.name) if len(table) else None
 
 
 def quantiles_of(table: pd.DataFrame, column: str) -> tuple[Floats, Floats]:
@@ -72,9 +55,9 @@ def curves_figure(curves: Curves, column: str, title: str, width: float) -> Figu
             panels[0].set_yscale("log")
             for axes in panels:
                 axes.minorticks_off()
-    below(figure, panels, "epoch")
+    below(panels, "epoch")
     sizes = [curves[arm]["session"].nunique() for arm in shown]
-    entitle(figure, title, f"{SHOWN[column]} over the epochs", spoken(sizes, "sessions an arm"))
+    entitle(figure, f"{SHOWN[column]} over the epochs", spoken(sizes, "sessions an arm"), title)
     grey = f" Dashed: the median of {first}." if len(shown) > 1 else ""
     explain(figure, f"Line: median of the sessions; darker band: the middle 60 %; paler: all of them.{grey}",
             "The scale is logarithmic." if panels[0].get_yscale() == "log" else "")  # fmt: skip

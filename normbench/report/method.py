@@ -40,10 +40,10 @@ GENERAL: Terms = [
     ),
 ]
 FILES = "`comparisons.csv` has every column, `results.csv` a row per session."
-LAYERS = "medians of interleaved repeats, with the 20 % and 80 % quantile; `profile.json` has every raw time."
+LAYERS = "medians of interleaved rounds, with the 20 % and 80 % quantile; it has every round's times."
 TRACES = (
-    "The values that the layers themselves used, written to `traces/*.csv` while a session trained; "
-    "one session of each arm is shown. A look, not evidence."
+    "The values that the layers themselves used, written to `traces/*.csv` while a session trained; of every "
+    "session that has them. A look, not evidence."
 )
 VERDICTS = (
     "The first that holds: not comparable (too few sessions, other data; for times other hardware or "

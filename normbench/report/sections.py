@@ -6,20 +6,27 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from normbench import status
-from normbench.report import curves, layers, method, traces
-from normbench.report.drawing import Drawing, Makes, Sketch, drawings_of
+from normbench.figures import Sketch, safe_stem
+from normbench.profile import figures as profile_figures
+from normbench.profile.tables import caveat, crowded
+from normbench.report import curves, layers, method
+from normbench.report.drawing import Drawing, drawings_of
 from normbench.report.evidence import Evidence, evidence_of, said
 from normbench.report.finding import Finding, finding_of
 from normbench.report.layers import Profile
 from normbench.report.study import Part, Study
 from normbench.stats import tables
 from normbench.stats.analysis import Analysis, Group
-from normbench.stats.figures import KINDS, difference_words, safe_stem
+from normbench.stats.figures import KINDS, difference_words
 from normbench.stats.metrics import Metric
+from normbench.traces import figures as trace_figures
+from normbench.traces.reading import Traces, read_traces
 
 MOST_ROWS = 1000
+MOST_CHANNELS = 2  # arms whose channels are drawn; each takes as long as all arms together
 ROW_COLUMNS = ("session", "seed", "status", "test_acc", "test_loss", "best_test_acc", "train_loss",
                "epoch_time_s", "peak_memory_mib", "launch_order", "started_at", "warnings",
                "error")  # fmt: skip
@@ -90,7 +97,6 @@ class Builder:
     command: Sequence[str]
     options: Sequence[str]
     at_once: int = 1
-    taken: set[str] = field(default_factory=set)
 
     def report(self, made: str) -> Report:
         """Every section that has something to say."""
@@ -130,19 +136,16 @@ class Builder:
             facts.append(("run", days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"))
         return facts
 
-    def sketch(self, parts: Sequence[str], make: Makes, alt: str) -> Sketch:
-        """A figure to be drawn with all others."""
-        name = safe_stem(parts, self.taken)
-        self.taken.add(name.lower())
-        return Sketch(name, make, alt)
-
     def draw(self, sections: Sequence[Section]) -> None:
         """Put drawings in the place of sketches, and nothing where there is nothing to draw."""
-        sketches = [block for section in sections for block in section.blocks if isinstance(block, Sketch)]
-        drawn = drawings_of(sketches, self.folder / "figures", self.at_once)
-        made = {sketch.name: drawing for sketch, drawing in zip(sketches, drawn, strict=True)}
+        named: dict[str, Sketch] = {}
         for section in sections:
-            blocks = [made[b.name] if isinstance(b, Sketch) else b for b in section.blocks]
+            for block in section.blocks:
+                if isinstance(block, Sketch):
+                    named[safe_stem(block.parts, {name.lower() for name in named})] = block
+        drawn = iter(drawings_of(named, self.folder / "figures", self.at_once))
+        for section in sections:
+            blocks = [next(drawn) if isinstance(block, Sketch) else block for block in section.blocks]
             section.blocks = [block for block in blocks if block is not None]
 
     def progress(self) -> Section | None:
@@ -179,7 +182,7 @@ class Builder:
         """One of the figures of `stats`."""
         alt = (differences_words if kind == "differences" else means_words)(analysis, group, metric)
         parts = (*(said(value) for value in group.name.values()), metric.name, kind)
-        return self.sketch(parts, partial(KINDS[kind], analysis, group, metric), alt)
+        return Sketch(parts, partial(KINDS[kind], analysis, group, metric), alt)
 
     def sessions(self, evidence: Sequence[Evidence]) -> Section:
         """Every session: points, launch order, and their rows."""
@@ -205,9 +208,8 @@ class Builder:
             found = curves.read_curves(part.arms, self.study.notices)
             for column in curves.SHOWN:
                 make = partial(curves.curves_figure, found, column, part.title)
-                made.blocks.append(
-                    self.sketch((part.title, "curves", column), make, curves.curves_words(found, column))
-                )
+                words = curves.curves_words(found, column)
+                made.blocks.append(Sketch((part.title, "curves", column), make, words))
         return made
 
     def layers(self) -> Section | None:
@@ -215,48 +217,46 @@ class Builder:
         profile = self.profile
         if profile is None:
             return None
+        body = profile.body
         made = Section("layers", "Time by layer", [f"From {profile.folder}: {profile.where}."])
-        for place in layers.PLACES:
-            make = partial(layers.times_figure, profile, place)
-            made.blocks.append(self.sketch(("layers", place), make, layers.times_words(profile, place)))
-        make = partial(layers.roofline_figure, profile)
-        made.blocks.append(self.sketch(("roofline",), make, "The table below has every number."))
-        head, rows = layers.step_rows(profile)
-        if rows:
-            made.blocks.append(Table("What norms take of a training step", head, rows))
-        head, rows = layers.layer_rows(profile)
+        made.words += filter(None, [caveat(body), crowded(body)])
+        places = profile.places(self.norms_of(self.study.parts[0]))
+        made.blocks += profile_figures.sketches(body, places=places)
+        head, rows = layers.step_table(profile)
+        made.blocks.append(Table("What norms take of a training step", head, rows))
+        head, rows = layers.layer_table(profile)
         made.blocks.append(Table("Every layer", head, rows[:MOST_ROWS], folded=True))
         return made
+
+    def norms_of(self, part: Part) -> list[tuple[str, dict[str, Any]]]:
+        """Of every arm the norm's name and options, as its plan says them."""
+        values = [self.study.values_of(arm.setting.name).get("norm") or {} for arm in part.arms]
+        return [(arm.label.split("-")[0], {key: value for key, value in own.items() if key != "_partial_"})
+                for arm, own in zip(part.arms, values, strict=True)]  # fmt: skip
 
     def norms(self) -> Section:
         """Traced norm layers."""
         made = Section("traces", "Inside the norm layers")
         for part, traced in self.traced:
-            for layer in traces.layers_of(traced.norms):
-                make = partial(traces.norms_figure, traced, layer, part.title)
-                alt = traces.traced_words(traces.of_layer(traced.norms, layer), list(traces.NORMS), "step")
-                made.blocks.append(self.sketch((part.title, "norms", layer), make, alt))
+            made.blocks += trace_figures.norm_sketches(traced, part.title, MOST_CHANNELS)
+            if len(traced.norms) > MOST_CHANNELS:
+                shown = ", ".join(list(traced.norms)[:MOST_CHANNELS])
+                command = shlex.join(["python", "-m", "normbench.traces", str(self.study.folder)])
+                made.words.append(f"Channel by channel: {shown}; of the others `{command}` draws them.")
         return made
 
     def quantiles(self) -> Section:
         """Traced features and logits."""
         made = Section("quantiles", "Features and logits")
         for part, traced in self.traced:
-            for layer in traces.layers_of(traced.features):
-                make = partial(traces.features_figure, traced, layer, part.title)
-                features = traces.of_layer(traced.features, layer)
-                alt = traces.traced_words(features, traces.QUANTILES, "epoch")
-                made.blocks.append(self.sketch((part.title, "features", layer), make, alt))
-            make = partial(traces.logits_figure, traced, part.title)
-            alt = traces.traced_words(traced.logits, traces.PEAKS, "epoch")
-            made.blocks.append(self.sketch((part.title, "logits"), make, alt))
+            made.blocks += trace_figures.output_sketches(traced, part.title)
         return made
 
     @cached_property
-    def traced(self) -> Sequence[tuple[Part, traces.Traces]]:
+    def traced(self) -> Sequence[tuple[Part, Traces]]:
         """Every part's traces."""
-        notices = self.study.notices
-        return [(part, traces.read_traces(part.arms, notices)) for part in self.study.parts]
+        return [(part, read_traces({arm.label: arm.sessions for arm in part.arms}, self.study.notices))
+                for part in self.study.parts]  # fmt: skip
 
     def warnings(self, evidence: Sequence[Evidence]) -> Section:
         """Options without effect, parameters that never moved, and what could not be read."""
@@ -307,7 +307,7 @@ class Builder:
             made.terms.append(("The same numbers", f"`{stats}`; {method.FILES}"))
         made.terms += method.GENERAL
         if self.profile:
-            made.terms.append(("Layer times", f"`{self.profile.folder}/layers.csv`: {method.LAYERS}"))
+            made.terms.append(("Layer times", f"`{self.profile.folder}/profile.json`: {method.LAYERS}"))
         if any(not traced.empty for _, traced in self.traced):
             made.terms.append(("Traces", method.TRACES))
         command = shlex.join(["python", "-m", "normbench.report", *self.command])

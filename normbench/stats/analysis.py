@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from normbench.stats.arms import Arm, Match
 from normbench.stats.comparison import Comparison, Options, compare
 from normbench.stats.inputs import Sessions, labels_of
 from normbench.stats.metrics import Metric
+from normbench.stats.order import choose_baseline, in_order
 from normbench.stats.primary import Primary
 from normbench.stats.series import Floats, has_spread, variance_and_worth
 from normbench.stats.verdicts import DIFFERENT, FEWEST, FEWEST_EFFECTIVE, decide
@@ -60,7 +60,7 @@ class Group:
 
     def order(self) -> list[str]:
         """The baseline, then the others by name."""
-        return [self.baseline, *sorted((label for label in self.arms if label != self.baseline), key=natural)]
+        return in_order(self.arms, self.baseline)
 
 
 @dataclass
@@ -159,25 +159,6 @@ def arms_of(sessions: Sessions, rows: pd.DataFrame) -> dict[str, Arm]:
         images = sessions.images.get(str(key), {})
         arms[label] = Arm(label, str(key), rows.iloc[at], order, places, expected, images)
     return arms
-
-
-def natural(label: str) -> list[tuple[bool, int, str]]:
-    """A key that puts stride2 before stride10."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", label)]
-
-
-def choose_baseline(labels: Sequence[str], wanted: str | None) -> str:
-    """The arm asked for, else batch norm where there is one, else the first of the inputs."""
-    norms = {label: label.split("-")[0].lower() for label in labels}
-    if wanted is None:
-        usual = [label for norm in ("obn", "torch_bn", "bn") for label in labels if norms[label] == norm]
-        return (usual or list(labels))[0]
-    found = [n for n in labels if n == wanted] or [n for n in labels if norms[n] == wanted.lower()]
-    if len(found) != 1:
-        problem = "several arms match" if found else "no such arm"
-        hint = "" if found else nearest(wanted, labels)
-        raise Refused(f"baseline {wanted!r}: {problem}{hint}; there are {', '.join(labels)}")
-    return found[0]
 
 
 def pairs_of(group: Group) -> Iterator[tuple[str, str, bool]]:

@@ -1,18 +1,14 @@
 """Figures of an analysis: every session, the differences with their margin, times in launch order.
 
 Each `…_figure` draws one metric of one group and returns a matplotlib `Figure`, or None where there is
-nothing to draw; `draw` saves them all as PNG files. Heights grow with the number of arms. A figure narrower
-than NARROW, for a telephone, has the rows' names and words above them and not beside them.
+nothing to draw; `draw` saves them all as PNG files. Heights grow with the number of arms. In a narrow figure
+the rows' names and words stand above them and not beside them.
 """
 
-import io
 import math
-import re
-import textwrap
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,7 +18,28 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
-from normbench.plan import write_whole
+from normbench.figures import (
+    BAND,
+    FAINT,
+    INK,
+    NARROW,
+    SOFT,
+    WIDTH,
+    aside,
+    below,
+    blank,
+    colour_of,
+    entitle,
+    explain,
+    grid,
+    head,
+    is_narrow,
+    quiet,
+    safe_stem,
+    save_png,
+    spoken,
+    wrapped,
+)
 from normbench.stats.analysis import Analysis, Group
 from normbench.stats.arms import Arm, Match
 from normbench.stats.comparison import Comparison
@@ -39,15 +56,10 @@ from normbench.stats.verdicts import (
     NOT_COMPARABLE,
 )
 
-DPI = 150
-WIDTH, NARROW = 8.0, 6.0  # inches
-TALLEST = 400.0  # inches; Agg draws fewer than 2¹⁶ pixels
 MOST_POINTS = 500
 MOST_JOINED = 40
 
-INK, SOFT, FAINT, BAND = "#222222", "#666666", "#dddddd", "#d9eaf7"
-BASELINE, TREATMENT, DIVERGED = "#555555", "#0072b2", "#d55e00"
-CYCLE = ("#555555", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b37a00", "#56b4e9")  # after Okabe and Ito
+DIVERGED = "#d55e00"
 LOOKS = {  # colour and marker
     DIFFERENT: ("#d55e00", "D"),
     EQUIVALENT: ("#007a5a", "s"),
@@ -65,7 +77,7 @@ def draw(analysis: Analysis, folder: Path) -> list[Path]:
                 figure = make(analysis, group, metric, WIDTH)
                 if figure is not None:
                     name = file_name(group, metric, kind, {path.name.lower() for path in written})
-                    written.append(save(figure, folder / "figures" / name))
+                    written.append(save_png(figure, folder / "figures" / name))
     return written
 
 
@@ -73,25 +85,6 @@ def file_name(group: Group, metric: Metric, kind: str, taken: set[str]) -> str:
     """`cifar10-128-test_acc-sessions.png`; numbered where a name that is safe for files is taken."""
     values = [f"{v:g}" if isinstance(v, float) else str(v) for v in group.name.values()]
     return f"{safe_stem((*values, metric.name, kind), {Path(name).stem for name in taken})}.png"
-
-
-def safe_stem(parts: Sequence[str], taken: Collection[str]) -> str:
-    """A file's name without its ending: words of letters and digits, numbered where it is taken."""
-    words = [re.sub(r"[^\w.+]+", "-", part)[:60].strip("-.") for part in parts]
-    stem = "-".join(filter(None, words))
-    name, copy = stem, 1
-    while name.lower() in taken:
-        copy += 1
-        name = f"{stem}-{copy}"
-    return name
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Write a PNG whole or not at all."""
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=DPI)
-    write_whole(path, image.getvalue())
-    return path
 
 
 def sessions_figure(analysis: Analysis, group: Group, metric: Metric, width: float = WIDTH) -> Figure | None:
@@ -104,11 +97,11 @@ def sessions_figure(analysis: Analysis, group: Group, metric: Metric, width: flo
     names = [name_in(width, arm.label) for arm in arms]
     if floor:
         names.append(name_in(width, "test set alone,", "±1 standard error"))
-    figure = blank(1.4 + len(names) * row_height(names, width), width)
+    figure = blank(0.7 + len(names) * row_height(names, width), width)
     axes = figure.subplots()
     heights = np.random.default_rng(0).uniform(-0.12, 0.26, arms[0].places)
     for row, arm in enumerate(arms):
-        color = BASELINE if arm.label == group.baseline else TREATMENT
+        color = colour_of(row)
         draw_points(axes, arm, metric, row + heights[arm.place], color)
         draw_mean(axes, arm.values(metric.name), metric, analysis.options.alpha, row, color)
     joined = [draw_pairs(axes, *two, metric, row + heights) for row, two in enumerate(pairwise(arms))]
@@ -118,7 +111,7 @@ def sessions_figure(analysis: Analysis, group: Group, metric: Metric, width: flo
         beside(axes, len(arms), [(f"±{number(se, metric)}", SOFT)])
     as_rows(axes, names)
     axes.set_xlabel(wrapped(with_unit(metric), 80))
-    entitle(figure, group.title, f"{metric.name} of the sessions", spoken(sizes, "an arm"))
+    entitle(figure, f"{metric.name} of the sessions", spoken(sizes, "an arm"), group.title)
     worth = f" by effective sessions, if {FEWEST_EFFECTIVE:g} or more" if metric.is_time else ""
     explain(
         figure,
@@ -139,7 +132,7 @@ def differences_figure(
     if not any(math.isfinite(c.diff) for c in rows):
         return None
     names = [row_name(c, group, width) for c in rows]
-    figure = blank(1.6 + len(names) * row_height(names, width), width)
+    figure = blank(0.7 + len(names) * row_height(names, width), width)
     axes = figure.subplots()
     axes.axvline(0, color=SOFT, linewidth=0.8, zorder=1)
     for row, c in enumerate(rows):
@@ -158,7 +151,7 @@ def differences_figure(
     paired = all(c.pairs for c in rows)
     sizes = [n for c in rows for n in ([c.pairs] if paired else [c.n_baseline, c.n_treatment])]
     counts = spoken(sizes, "pairs of sessions" if paired else "sessions an arm")
-    entitle(figure, group.title, f"{metric.name} against {group.baseline}", counts)
+    entitle(figure, f"{metric.name} against {group.baseline}", counts, group.title)
     margins = sorted(c.margin for c in rows if math.isfinite(c.margin))
     ends = dict.fromkeys(f"±{margin:.3g}" for margin in (*margins[:1], *margins[-1:]))
     explain(
@@ -179,16 +172,16 @@ def order_figure(analysis: Analysis, group: Group, metric: Metric, width: float 
     sizes = [arm.values(metric.name).size for arm in arms]
     if metric.is_until or not metric.is_time or not any(sizes):
         return None
-    figure = blank(1.2 + (1.4 if len(arms) <= 4 else 1.0) * len(arms), width)
+    figure = blank(0.4 + (1.4 if len(arms) <= 4 else 1.0) * len(arms), width)
     panels = figure.subplots(len(arms), sharex=True, squeeze=False)[:, 0]
     orders, words = launch_orders(arms)
     span = max(float(np.ptp(arm.values(metric.name))) for arm, n in zip(arms, sizes, strict=True) if n)
     for i, (axes, arm, order) in enumerate(zip(panels, arms, orders, strict=True)):
-        draw_order(axes, arm, metric, order, CYCLE[i % len(CYCLE)], span)
+        draw_order(axes, arm, metric, order, colour_of(i), span)
     panels[-1].set_xlabel(words)
-    figure.supylabel(wrapped(with_unit(metric), 40), fontsize=9, color=INK)
+    aside(figure, with_unit(metric))
     entitle(
-        figure, group.title, f"{with_unit(metric)} in the order of launch", spoken(sizes, "sessions an arm")
+        figure, f"{with_unit(metric)} in the order of launch", spoken(sizes, "sessions an arm"), group.title
     )
     explain(
         figure, "Dashed: the arm's mean. All panels have one scale, each centred on its arm.", thinned(sizes)
@@ -210,28 +203,17 @@ def reached_figure(analysis: Analysis, group: Group, metric: Metric, width: floa
         return None
     baseline = arms[group.baseline]
     shown = list(arms)[1:] or [group.baseline]
-    columns = 2 if len(shown) == 4 else min(2 if width < NARROW else 3, len(shown))
-    lines = math.ceil(len(shown) / columns)
-    figure = blank(1.4 + (2.6 if lines == 1 else 1.9) * lines, width)
-    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for i, axes in enumerate(panels):
-        if i >= len(shown):
-            axes.remove()
-            continue
-        quiet(axes, "both")
-        draw_steps(axes, baseline, BASELINE, "baseline")
-        if shown[i] != group.baseline:
-            draw_steps(axes, arms[shown[i]], TREATMENT, "treatment")
-        axes.set_title(
-            f"{wrapped(shown[i])}\n{counted(arms[shown[i]])}", loc="left", y=1.0, fontsize=9, color=INK
-        )
-        if i >= len(shown) - columns:
-            axes.tick_params(labelbottom=True)
-            axes.set_xlabel("training time (s)" if metric.is_time else "epochs")
+    titles = [f"{label}: {counted(arms[label])}" for label in shown]
+    figure, panels = grid(titles, width, height=2.4 if len(shown) <= 3 else 1.9, most=3)
+    for axes, label in zip(panels, shown, strict=True):
+        draw_steps(axes, baseline, colour_of(0), "baseline")
+        if label != group.baseline:
+            draw_steps(axes, arms[label], colour_of(list(arms).index(label)), "treatment")
     panels[0].set(ylim=(-0.03, 1.03), xlim=(0, None))
-    figure.supylabel("sessions that reached it (fraction)", fontsize=9, color=INK)
+    below(panels, "training time (s)" if metric.is_time else "epochs")
+    aside(figure, "sessions that reached it (fraction)")
     what = f"{'time' if metric.is_time else 'epochs'} to test accuracy {metric.target:g}"
-    entitle(figure, group.title, what, spoken(sizes, "sessions an arm"))
+    entitle(figure, what, spoken(sizes, "sessions an arm"), group.title)
     grey = f"Grey: {group.baseline}, {counted(baseline)}." if len(arms) > 1 else ""
     missed = any(not arm.reached.all() for arm in arms.values())
     explain(figure, grey, "Circles: sessions that ended without it." if missed else "")
@@ -359,7 +341,7 @@ def draw_order(axes: Axes, arm: Arm, metric: Metric, order: Floats, color: str, 
     x, y = order[known], column[known]
     name = wrapped(arm.label, 60)
     if not y.size:
-        axes.set_title(f"{name}: no value", loc="left", y=1.0, fontsize=9, color=color)
+        head(axes, f"{name}: no value", color=color)
         axes.set_yticks([])
         return
     kept = evenly(y.size)
@@ -368,7 +350,7 @@ def draw_order(axes: Axes, arm: Arm, metric: Metric, order: Floats, color: str, 
               markersize=4 if y.size <= 100 else 2, label=arm.label)  # fmt: skip
     r = float(lag1(y))
     words = "no autocorrelation can be told" if math.isnan(r) else f"lag-1 autocorrelation {r:.2f}"
-    axes.set_title(f"{name}: {words}", loc="left", y=1.0, fontsize=9, color=color)
+    head(axes, f"{name}: {words}", color=color)
     if span > 0:
         middle = float(y.max() + y.min()) / 2
         axes.set_ylim(middle - 0.6 * span, middle + 0.6 * span)
@@ -397,35 +379,11 @@ def row_height(names: Sequence[str], width: float) -> float:
     return 0.62 + 0.15 * lines if width < NARROW else max(0.52, 0.08 + 0.15 * lines)
 
 
-def blank(height: float, width: float = WIDTH) -> Figure:
-    """An empty figure of this size in inches."""
-    return Figure(figsize=(width, min(height, TALLEST)), dpi=DPI, layout="constrained", facecolor="white")
-
-
-def is_narrow(axes: Axes) -> bool:
-    """Whether the figure is for a telephone."""
-    return axes.get_figure(root=True).get_figwidth() < NARROW  # type: ignore[union-attr]
-
-
 def name_in(width: float, *parts: str) -> str:
     """A row's name: parts below each other, or in one line where that runs above the row."""
     if width < NARROW:
         return wrapped(" ".join(filter(None, parts)), 40)
     return "\n".join(wrapped(part) for part in parts if part)
-
-
-def quiet(axes: Axes, grid: Literal["x", "y", "both"]) -> None:
-    """A pale grid and no frame."""
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(FAINT)
-    axes.grid(axis=grid, color=FAINT, linewidth=0.5)
-    axes.tick_params(color=FAINT, labelcolor=INK, labelsize=8.5)
-    axes.xaxis.label.set(color=INK, fontsize=9)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.get_offset_text().set(color=INK, fontsize=8.5)
 
 
 def as_rows(axes: Axes, names: Sequence[str]) -> None:
@@ -465,26 +423,6 @@ def above(axes: Axes, row: int, text: str, color: str, line: int, right: bool = 
                   color=color, fontweight="bold" if right else "normal")  # fmt: skip
 
 
-def entitle(figure: Figure, group: str, what: str, counts: str) -> None:
-    """The title: what is shown, of which group, and n."""
-    words = ", ".join(filter(None, [group, f"{what} ({counts})"]))
-    shown = wrapped(words, int(11 * figure.get_figwidth()))
-    title = figure.suptitle(shown, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
-    title.set(gid="title", label=words)
-
-
-def explain(figure: Figure, *sentences: str) -> None:
-    """How to read it, below."""
-    words = " ".join(filter(None, sentences))
-    shown = wrapped(words, int(16 * figure.get_figwidth()))
-    figure.supxlabel(shown, x=0.01, ha="left", fontsize=8, color=SOFT).set(gid="caption", label=words)
-
-
-def wrapped(text: str, width: int = 28) -> str:
-    """A text in lines of at most `width`, broken behind hyphens where it can be; `$` is no formula."""
-    return textwrap.fill(text, width).replace("$", r"\$")
-
-
 def with_unit(metric: Metric) -> str:
     """`test_acc (fraction)`."""
     name = metric.name
@@ -497,12 +435,6 @@ def with_unit(metric: Metric) -> str:
     else:
         unit = {"loss": "nats", "mib": "MiB"}.get(name.rpartition("_")[2], "")
     return f"{name} ({unit})" if unit else name
-
-
-def spoken(sizes: Sequence[int], unit: str) -> str:
-    """`n = 10 sessions an arm`, `n = 28 to 30 sessions an arm`."""
-    low, high = min(sizes), max(sizes)
-    return f"n = {low:,} {unit}" if low == high else f"n = {low:,} to {high:,} {unit}"
 
 
 def level_of(analysis: Analysis) -> str:

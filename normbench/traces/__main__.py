@@ -1,6 +1,6 @@
 """Figures of a study's traces.
 
-python -m normbench.traces outputs/adhoc              an SVG file an arm and kind, under outputs/adhoc/figures
+python -m normbench.traces outputs/adhoc              SVG files by layer and arm, under its figures/
 python -m normbench.traces outputs/adhoc --session 3  of session 3 alone
 """
 
@@ -29,9 +29,12 @@ def main() -> None:
         there = sorted({name.split("/")[1] for name in names})
         if session is not None and session not in there:
             raise Refused(f"--session {given.session}: no such session; there are {', '.join(there[:8])}")
-        from normbench.traces import figures  # dear to import, so after what may be refused
+        from normbench.traces.figures import draw  # dear to import, so after what may be refused
 
-        paths = figures.draw(study, session)
+        notices: list[str] = []
+        paths = draw(study, session, notices)
+        for notice in notices:
+            say(f"passed over: {notice}", error=True)
         if not paths:
             raise Refused(f"no traces under {study}; train with trace=norms, trace=features or both")
     for path in paths:

@@ -1,232 +1,257 @@
-"""Figures of traces, from the CSV files: statistics over steps, quantiles and peaks over epochs.
+"""Figures of traces: statistics and parameters over the steps, quantiles and peaks over the evaluations.
 
-Each `…_figure` takes frames by label, an arm's or a session's, as `read` gives them, and returns a matplotlib
-`Figure`, or None where there is nothing to draw. Of several sessions the mean is drawn, and a band from the
-least to the greatest.
+Each `…_figure` draws so many inches wide and returns a matplotlib `Figure`, or None where there is nothing to
+draw; `norm_sketches` and `output_sketches` list all that there are.
 """
 
-import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from normbench.identity import short_names
-from normbench.plan import write_whole
-from normbench.results import session_names
-from normbench.stats.figures import CYCLE, INK, explain, quiet, wrapped
+from normbench.figures import (
+    SOFT,
+    WIDTH,
+    Floats,
+    Sketch,
+    banded,
+    below,
+    entitle,
+    explain,
+    grid,
+    keys,
+    legend,
+    safe_stem,
+    save_svg,
+    spoken,
+)
+from normbench.traces.reading import Tables, Traces, arms_of, read_traces
 
-MOST_LAYERS = 4  # side by side; more would be too narrow to read
-MOST_LINES = 6
-COLORS = CYCLE[1:]
-PANELS = {  # column → how a reader calls it, and the column drawn dashed beside it
-    "batch_mean": ("mean", "running_mean"),
-    "batch_std": ("std", "running_std"),
-    "weight": ("weight (γ)", None),
-    "bias": ("bias (β)", None),
-    "weight_grad": ("gradient of γ", None),
-    "bias_grad": ("gradient of β", None),
-}
-QUANTILE_BANDS = (("q01", "q99", 0.18), ("q20", "q80", 0.4))
-Frames = Mapping[str, pd.DataFrame]
+QUANTITIES = {
+    "batch_mean": "batch mean", "batch_std": "batch std",
+    "running_mean": "running mean", "running_var": "running variance",
+    "weight": "weight (γ)", "bias": "bias (β)", "weight_grad": "gradient of γ", "bias_grad": "gradient of β",
+}  # fmt: skip
+OVERLAID = {"batch_mean": "running_mean", "batch_std": "running_std"}  # what lies dashed over it
+QUANTILES = ("q01", "q20", "q80", "q99")
+PEAKS = tuple(f"peak_{q}" for q in QUANTILES)
+MOST_LAYERS = 4
+MOST_CHANNELS = 6
+FAR = 6.0  # times as wide as is usual: a scale ends before it
+Table = pd.DataFrame
+Span = tuple[float, float]
 T = TypeVar("T")
 
 
-def read(study: Path, kind: str) -> dict[str, pd.DataFrame]:
-    """One kind of trace of a study's sessions, by arm: the file's columns and `session`, its folder's name.
-
-    Args:
-        kind: norms, features or logits.
-    Returns: an arm without such a file is not there; a file that cannot be read is passed over.
-    """
-    parts: dict[str, list[pd.DataFrame]] = {}
-    for name in session_names(study):
-        setting, session = name.split("/")
-        try:
-            frame = pd.read_csv(study / name / "traces" / f"{kind}.csv")
-        except (OSError, ValueError):  # none, or half a line of one that is being written
-            continue
-        parts.setdefault(setting, []).append(frame.assign(session=session))
-    labels = short_names({setting: setting.rpartition("-")[0] for setting in parts})
-    return {labels[setting]: pd.concat(frames, ignore_index=True) for setting, frames in parts.items()}
+def norm_sketches(traces: Traces, group: str = "", most_arms: int | None = None) -> Iterator[Sketch]:
+    """Every layer with the arms beside each other; then arm by arm, so many of them, its channels."""
+    for layer in layers_of(traces.norms):
+        tables = of_layer(traces.norms, layer)
+        make = partial(norms_figure, traces.arms, tables, layer, group)
+        yield Sketch((group, "traces-norms", layer), make, ending(tables, list(QUANTITIES)))
+    for arm, table in list(traces.norms.items())[:most_arms]:
+        for layer in layers_of({arm: table}):
+            own = of_layer({arm: table}, layer)
+            make = partial(channels_figure, own[arm], arm, layer, group)
+            parts = (group, "traces-norms", layer, arm)
+            yield Sketch(parts, make, ending(own, list(QUANTITIES)), folded=True)
 
 
-def norms_figure(frame: pd.DataFrame, title: str) -> Figure | None:
-    """One arm or session: mean, std, γ and β of the traced channels of each layer over the steps."""
-    lines = by_rank(frame)
-    note = "" if len(lines) < 2 else "Lines are the traced channels of each layer, in their order."
-    return grid(lines, f"{title}: norm layers", note)
+def output_sketches(traces: Traces, group: str = "") -> Iterator[Sketch]:
+    """Every watched layer's values, and the logits."""
+    for layer in layers_of(traces.features):
+        tables = of_layer(traces.features, layer)
+        make = partial(quantiles_figure, traces.arms, tables, f"values of {layer}", QUANTILES, "", group)
+        yield Sketch((group, "traces-features", layer), make, ending(tables, QUANTILES))
+    if traces.logits:
+        what, columns = "the largest logit of an image", ("peak_mean", *PEAKS)
+        make = partial(quantiles_figure, traces.arms, traces.logits, what, PEAKS, columns[0], group)
+        yield Sketch((group, "traces-logits"), make, ending(traces.logits, columns))
 
 
-def norms_by_arm_figure(frames: Frames) -> Figure | None:
-    """Several arms beside each other: the last traced channel of each layer over the steps."""
-    lines = {label: last_channel(frame) for label, frame in frames.items()}
-    return grid(lines, "Norm layers by arm", "Of each layer its last traced channel.")
+def draw(study: Path, session: str | None, notices: list[str]) -> list[Path]:
+    """Save every figure as SVG under `study/figures`, of one session alone where it is named: `s3`."""
+    traces = read_traces(arms_of(study, session), notices)
+    paths: dict[str, Path] = {}
+    for sketch in chain(norm_sketches(traces), output_sketches(traces)):
+        if (figure := sketch.make(WIDTH)) is not None:
+            name = safe_stem([*sketch.parts, *([session] if session else [])], paths)
+            paths[name.lower()] = save_svg(figure, study / "figures" / f"{name}.svg")
+    return list(paths.values())
 
 
-def by_rank(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The first, second, … traced channel of every layer."""
-    if frame.empty:
-        return {}
-    rank = frame.groupby("layer")["channel"].rank("dense").astype(int)
-    same = bool((frame.groupby(rank)["channel"].nunique() == 1).all())
-    lines = {}
-    for place in spread(sorted(rank.unique()), MOST_LINES):
-        own = frame[rank == place]
-        lines[f"channel {own['channel'].iloc[0]}" if same else f"traced channel {place}"] = own
-    return lines
+def layers_of(tables: Tables) -> list[str]:
+    """The layers in their order, a few spread evenly where there are many."""
+    return spread(list(dict.fromkeys(layer for t in tables.values() for layer in t["layer"].unique())),
+                  MOST_LAYERS)  # fmt: skip
 
 
-def last_channel(frame: pd.DataFrame) -> pd.DataFrame:
-    """Of each layer the rows of its last traced channel."""
-    return frame[frame["channel"] == frame.groupby("layer")["channel"].transform("max")]
+def of_layer(tables: Tables, layer: str) -> dict[str, Table]:
+    """Every arm's rows of one layer; arms that have none are not there."""
+    found = {arm: table[table["layer"] == layer] for arm, table in tables.items()}
+    return {arm: table for arm, table in found.items() if len(table)}
 
 
-def grid(lines: Frames, title: str, note: str) -> Figure | None:
-    """Quantities downwards, layers across, a line a label over the steps."""
-    lines = {label: with_running_std(frame) for label, frame in lines.items() if len(frame)}
-    every = pd.concat(lines.values()) if lines else pd.DataFrame()
-    panels = [name for name in PANELS if name in every and every[name].notna().any()]
-    if not panels:
+def norms_figure(arms: Sequence[str], tables: Tables, layer: str, group: str = "", width: float = WIDTH
+                 ) -> Figure | None:  # fmt: skip
+    """A norm layer over the steps, a panel a quantity: arms beside each other, all channels together."""
+    shown = [c for c in QUANTITIES if any(t[c].notna().any() for t in tables.values())]
+    if not shown:
         return None
-    there = [
-        layer
-        for layer in dict.fromkeys(every["layer"])
-        if every.loc[every["layer"] == layer, panels].notna().any(axis=None)
-    ]
-    layers = spread(there, MOST_LAYERS)
-    figure = Figure(figsize=(2.0 + 2.7 * len(layers), 1.2 + 1.55 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), len(layers), sharex=True, squeeze=False)
-    for column, layer in enumerate(layers):
-        axes[0, column].set_title(wrapped(layer, 34), fontsize=9.5, color=INK, loc="left")
-        axes[-1, column].set_xlabel("step", fontsize=9)
-        for row, name in enumerate(panels):
-            dashed = PANELS[name][1]
-            for color, (label, frame) in zip(colors(len(lines)), lines.items(), strict=True):
-                own = frame[frame["layer"] == layer]
-                line(axes[row, column], own, "step", name, color, label)
-                if dashed:
-                    line(axes[row, column], own, "step", dashed, color, None)
-            finish(axes[row, column])
-    for row, name in enumerate(panels):
-        axes[row, 0].set_ylabel(PANELS[name][0], fontsize=9, color=INK)
-    head(figure, title, axes[0, 0], len(lines))
-    running = "Solid: of the batch; dashed: running." if {"batch_mean", "batch_std"} & set(panels) else ""
-    left_out = f"{len(layers)} of {len(there)} layers." if len(there) > len(layers) else ""
-    explain(figure, note, running, of_sessions(every), left_out)
+    figure, panels = grid([QUANTITIES[c] for c in shown], width, share="x")
+    cut: dict[str, None] = {}
+    for axes, column in zip(panels, shown, strict=True):
+        spans = {}
+        for i, (arm, table) in enumerate(tables.items()):
+            if table[column].notna().any():
+                x, y = over_steps(table, column)
+                banded(axes, x, y[:, 1], [(y[:, 0], y[:, 2])], arms.index(arm), pale=0.3 / (1 + len(tables)),
+                       linewidth=width_of(i, len(tables)))  # fmt: skip
+                spans[arm] = span_of(y)
+        cut |= dict.fromkeys(end_scale(axes, spans))
+        axes.locator_params(axis="y", nbins=4)
+    below(panels, "step")
+    legend(figure, keys(list(tables), [arms.index(arm) for arm in tables]))
+    channels = max(table["channel"].nunique() for table in tables.values())
+    counts = f"{counted(tables.values())}, {channels} channels"
+    entitle(figure, f"norm layer {layer} over training", counts, group)
+    explain(figure, "Line: median of channels and sessions; band: their middle 60 %.", beyond(cut))
     return figure
 
 
-def features_figure(frames: Frames, title: str = "Quantiles of the features") -> Figure | None:
-    """Arms or sessions downwards, layers across: the 1 to 99 % and 20 to 80 % bands over the epochs."""
-    frames = {label: frame[frame["q20"].notna()] for label, frame in frames.items()}
-    frames = {label: frame for label, frame in frames.items() if len(frame)}
-    if not frames:
+def channels_figure(table: Table, arm: str, layer: str, group: str = "", width: float = WIDTH
+                    ) -> Figure | None:  # fmt: skip
+    """One arm's norm layer over the steps, a line a channel: the sessions' mean, from least to greatest."""
+    table = table.assign(running_std=np.sqrt(table["running_var"].clip(lower=0)))
+    there = [c for c in (*QUANTITIES, "running_std") if table[c].notna().any()]
+    shown = [c for c in QUANTITIES if c in there and c not in ("running_mean", "running_var")]
+    if not shown:
         return None
-    every = pd.concat(frames.values())
-    there = list(dict.fromkeys(every["layer"]))
-    layers = spread(there, MOST_LAYERS)
-    figure = Figure(figsize=(2.0 + 2.7 * len(layers), 1.3 + 1.7 * len(frames)), layout="constrained")
-    axes = figure.subplots(len(frames), len(layers), sharex=True, sharey="col", squeeze=False)
-    for row, (label, frame) in enumerate(frames.items()):
-        axes[row, 0].set_ylabel(wrapped(label, 24), fontsize=9, color=INK)
-        for column, layer in enumerate(layers):
-            at = axes[row, column]
-            mean = frame[frame["layer"] == layer].groupby("step").mean(numeric_only=True)
-            for low, high, alpha in QUANTILE_BANDS:
-                at.fill_between(
-                    mean["epoch"], mean[low], mean[high], color=COLORS[0], alpha=alpha, linewidth=0
-                )
-            for name in ("q20", "q80"):
-                at.plot(mean["epoch"], mean[name], color=COLORS[0], linewidth=1.1, **marked(mean))
-            finish(at)
-            if row == 0:
-                at.set_title(wrapped(layer, 34), fontsize=9.5, color=INK, loc="left")
-    for at in axes[-1]:
-        at.set_xlabel("epoch", fontsize=9)
-    head(figure, title, axes[0, 0], 1)
-    part = "validation" if set(every["part"]) == {"val"} else "test"
-    left_out = f"{len(layers)} of {len(there)} layers." if len(there) > len(layers) else ""
-    bands = f"Dark: 20 to 80 % of the values over the {part} set; light: 1 to 99 %."
-    explain(figure, bands, "Means of the sessions' quantiles." if sessions_of(every) > 1 else "", left_out)
-    return figure
-
-
-def logits_figure(frames: Frames, title: str = "The largest logit of an image") -> Figure | None:
-    """One panel, a line an arm or session: the mean over images at each epoch, the 20 to 80 % band."""
-    frames = {label: frame[frame["peak_mean"].notna()] for label, frame in frames.items()}
-    frames = {label: frame for label, frame in frames.items() if len(frame)}
-    if not frames:
-        return None
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for color, (label, frame) in zip(colors(len(frames)), frames.items(), strict=True):
-        mean = frame.groupby("step").mean(numeric_only=True)
-        axes.fill_between(
-            mean["epoch"], mean["peak_q20"], mean["peak_q80"], color=color, alpha=0.15, linewidth=0
-        )
-        axes.plot(
-            mean["epoch"], mean["peak_mean"], color=color, linewidth=1.4, label=wrapped(label), **marked(mean)
-        )
-    finish(axes)
-    axes.set_xlabel("epoch", fontsize=9)
-    axes.set_ylabel("logit", fontsize=9, color=INK)
-    head(figure, title, axes, len(frames))
+    figure, panels = grid([QUANTITIES[c].removeprefix("batch ") for c in shown], width, share="x", most=3)
+    channels = spread(sorted(table["channel"].unique()), MOST_CHANNELS)
+    for axes, column in zip(panels, shown, strict=True):
+        for place, channel in enumerate(channels, start=1):
+            own = table[table["channel"] == channel]
+            x, (mean, low, high) = of_sessions(own, column)
+            banded(axes, x, mean, [(low, high)] if own["session"].nunique() > 1 else [], place, linewidth=1.3)
+            if OVERLAID.get(column) in there:
+                x, (mean, _, _) = of_sessions(own, OVERLAID[column])
+                banded(axes, x, mean, [], place, linewidth=1, linestyle=(0, (4, 2)))
+        axes.locator_params(axis="y", nbins=4)
+    below(panels, "step")
+    places = range(1, 1 + len(channels))
+    legend(figure, keys([f"channel {int(channel)}" for channel in channels], places))
+    entitle(figure, f"norm layer {layer} of {arm}, channel by channel", counted([table]), group)
+    several = table["session"].nunique() > 1
     explain(
         figure,
-        "Line: mean over the images; band: 20 to 80 % of them.",
-        of_sessions(pd.concat(frames.values()), ""),
+        "Lines: means of the sessions; bands: from the least to the greatest." if several else "",
+        "Dashed: running." if any(OVERLAID.get(column) in there for column in shown) else "",
     )
     return figure
 
 
-def line(axes: Axes, frame: pd.DataFrame, x: str, y: str, color: str, label: str | None) -> None:
-    """The sessions' mean of y, with a band from least to greatest; dashed and plain without a label."""
-    known = frame[frame[y].notna()]
-    if known.empty:
-        return
-    by_step = known.groupby(x)[y].agg(["mean", "min", "max"])
-    style: dict[str, Any]
-    style = {"linewidth": 1.3, **marked(by_step)} if label else {"linewidth": 1.0, "linestyle": (0, (4, 2))}
-    axes.plot(by_step.index, by_step["mean"], color=color, label=wrapped(label) if label else None, **style)
-    if label and sessions_of(known) > 1:
-        axes.fill_between(by_step.index, by_step["min"], by_step["max"], color=color, alpha=0.15, linewidth=0)
+def quantiles_figure(arms: Sequence[str], tables: Tables, what: str, columns: Sequence[str], middle: str,
+                     group: str = "", width: float = WIDTH) -> Figure | None:  # fmt: skip
+    """The 1, 20, 80 and 99 % quantiles of something at every evaluation, a panel an arm.
+
+    Args:
+        middle: the column of a line through them; "" for none.
+    """
+    tables = {arm: table[table[columns[1]].notna()] for arm, table in tables.items()}
+    tables = {arm: table for arm, table in tables.items() if len(table)}
+    if not tables:
+        return None
+    by = evaluations(tables.values())
+    figure, panels = grid(list(tables), width)
+    lines = {arm: at_evaluations(table, by, [*columns, middle] if middle else columns)
+             for arm, table in tables.items()}  # fmt: skip
+    first = next(iter(lines))
+    for axes, (arm, (x, y)) in zip(panels, lines.items(), strict=True):
+        place = arms.index(arm)
+        line = y[4] if middle else None
+        banded(axes, x, line, [(y[0], y[3]), (y[1], y[2])], place)
+        for edge in [] if middle else [y[1], y[2]]:
+            banded(axes, x, edge, [], place, linewidth=1)
+        for edge in [] if arm == first else [lines[first][1][4]] if middle else lines[first][1][1:3]:
+            axes.plot(lines[first][0], edge, color=SOFT, linewidth=1, linestyle=(0, (3, 2)))
+    cut = end_scale(panels[0], {arm: span_of(y.T) for arm, (_, y) in lines.items()})
+    below(panels, by)
+    parts = {str(part) for table in tables.values() for part in table["part"].unique()}
+    said = {"val": "validation", "test": "test"}
+    images = " and ".join(sorted(said.get(part, part) for part in parts))
+    entitle(figure, what, f"{images} images, {counted(tables.values())}", group)
+    dashed = f"Dashed: the {'mean' if middle else 'middle 60 %'} of {first}." if len(lines) > 1 else ""
+    several = any(table["session"].nunique() > 1 for table in tables.values())
+    explain(
+        figure,
+        "Line: mean over the images." if middle else "",
+        "Darker band: from the 20 % to the 80 % quantile; paler: from 1 % to 99 %.",
+        "All are medians of the sessions." if several else "",
+        dashed,
+        beyond(cut),
+    )
+    return figure
 
 
-def with_running_std(frame: pd.DataFrame) -> pd.DataFrame:
-    """The running variance's root, to lie over the batch's std."""
-    return frame.assign(running_std=np.sqrt(frame["running_var"].clip(lower=0)))
+def over_steps(table: Table, column: str) -> tuple[Floats, Floats]:
+    """Steps, and the 20, 50 and 80 % quantiles of channels and sessions: (steps,) and (steps, 3)."""
+    known = table[table[column].notna()]
+    found = known.groupby("step")[column].quantile(np.array([0.2, 0.5, 0.8])).unstack()
+    return found.index.to_numpy(float), found.to_numpy(float)
 
 
-def marked(frame: pd.DataFrame) -> dict[str, Any]:
-    """Few points are shown as such; one alone is no line."""
-    return {"marker": "o", "markersize": 3} if len(frame) < 12 else {}
+def of_sessions(table: Table, column: str) -> tuple[Floats, Floats]:
+    """Steps, and the mean, least and greatest of the sessions: (steps,) and (3, steps)."""
+    found = table[table[column].notna()].groupby("step")[column].agg(["mean", "min", "max"])
+    return found.index.to_numpy(float), found.to_numpy(float).T
 
 
-def finish(axes: Axes) -> None:
-    """The shared look."""
-    quiet(axes, "y")
-    axes.tick_params(labelsize=8)
-    axes.locator_params(axis="y", nbins=4)
-    axes.locator_params(axis="x", nbins=5, integer=True)
+def at_evaluations(table: Table, by: str, columns: Sequence[str]) -> tuple[Floats, Floats]:
+    """Evaluations, and the sessions' median of each column: (evaluations,) and (columns, evaluations)."""
+    found = table.groupby(by)[list(columns)].median()
+    return found.index.to_numpy(float), found.to_numpy(float).T
 
 
-def head(figure: Figure, title: str, axes: Axes, lines: int) -> None:
-    """The title, and a legend where there is more than one line."""
-    figure.suptitle(wrapped(title, 80), x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
-    if lines > 1:
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8.5, labelcolor=INK)
+def evaluations(tables: Iterable[Table]) -> str:
+    """What tells evaluations apart: the epoch, or the step where one epoch has several."""
+    return "step" if any(t.duplicated(["session", "epoch"]).any() for t in tables) else "epoch"
 
 
-def colors(count: int) -> list[str]:
-    """One a line, again from the first where there are more."""
-    return [COLORS[i % len(COLORS)] for i in range(count)]
+def span_of(values: Floats) -> Span:
+    """The least and the greatest that is finite; NaN where nothing is."""
+    known = values[np.isfinite(values)]
+    return (float(known.min()), float(known.max())) if known.size else (math.nan, math.nan)
+
+
+def end_scale(axes: Axes, spans: Mapping[str, Span]) -> list[str]:
+    """End the y axis where the usual arms do; returns those that go far beyond."""
+    widths = {arm: high - low for arm, (low, high) in spans.items() if math.isfinite(high - low)}
+    usual = FAR * float(np.median(list(widths.values()))) if widths else 0.0
+    cut = [arm for arm, size in widths.items() if size > usual > 0]
+    if cut:
+        low = min(spans[arm][0] for arm in widths if arm not in cut)
+        high = max(spans[arm][1] for arm in widths if arm not in cut)
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    return cut
+
+
+def beyond(cut: Iterable[str]) -> str:
+    """A sentence where a scale ends before some arms do."""
+    names = ", ".join(cut)
+    return f"Scales end where those of most arms do; beyond: {names}." if names else ""
+
+
+def width_of(place: int, count: int) -> float:
+    """Points: the first lines are the widest, so that equal ones that lie over them leave them seen."""
+    return 1.3 if count == 1 else 2.8 - 1.7 * place / (count - 1)
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:
@@ -236,53 +261,20 @@ def spread(items: Sequence[T], most: int) -> list[T]:
     return [items[i * (len(items) - 1) // (most - 1)] for i in range(most)]
 
 
-def sessions_of(frame: pd.DataFrame) -> int:
-    """How many sessions' rows a frame holds."""
-    return int(frame["session"].nunique()) if "session" in frame else 1
+def counted(tables: Iterable[Table]) -> str:
+    """`n = 3 sessions an arm`, or which session it is."""
+    names = [set(table["session"]) for table in tables]
+    if max(map(len, names)) > 1:
+        return spoken([len(own) for own in names], "sessions an arm" if len(names) > 1 else "sessions")
+    every = set.union(*names)
+    return f"session {every.pop()}" if len(every) == 1 else "one session an arm"
 
 
-def of_sessions(frame: pd.DataFrame, band: str = "; band: least to greatest") -> str:
-    """What a line is where there are several sessions."""
-    n = sessions_of(frame)
-    return f"Mean of {n} sessions{band}." if n > 1 else ""
-
-
-def figures_of(study: Path, session: str | None = None) -> dict[str, Figure]:
-    """Every figure there is data for, by a name that is safe for files.
-
-    Args:
-        session: of this one alone, `s3`; None: of all of an arm together.
-    """
-    norms, features, logits = (read(study, kind) for kind in ("norms", "features", "logits"))
-    if session:
-        norms, features, logits = (
-            {label: own for label, frame in frames.items() if len(own := frame[frame["session"] == session])}
-            for frames in (norms, features, logits)
-        )
-    drawn: dict[str, Figure | None] = {
-        f"{label}-norms": norms_figure(frame, label) for label, frame in norms.items()
-    }
-    if len(norms) > 1:
-        drawn["arms-norms"] = norms_by_arm_figure(norms)
-    drawn["arms-features"] = features_figure(features)
-    drawn["arms-logits"] = logits_figure(logits)
-    ending = f"-{session}" if session else ""
-    return {f"traces-{name}{ending}": figure for name, figure in drawn.items() if figure is not None}
-
-
-def svg_of(figure: Figure) -> str:
-    """The figure as SVG, the same text every time."""
-    text = io.StringIO()
-    with rc_context({"svg.hashsalt": "normbench"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
-
-
-def draw(study: Path, session: str | None = None) -> list[Path]:
-    """Save every figure as SVG under `study/figures`; returns their paths."""
-    paths = []
-    for name, figure in figures_of(study, session).items():
-        path = study / "figures" / f"{name.replace('/', '_')}.svg"
-        write_whole(path, svg_of(figure))
-        paths.append(path)
-    return paths
+def ending(tables: Tables, columns: Sequence[str]) -> str:
+    """The last traced values, in words; of several channels and sessions their median."""
+    said = []
+    for arm, table in tables.items():
+        last = table[table["step"] == table["step"].max()]
+        values = [f"{c} {last[c].median():.3g}" for c in columns if last[c].notna().any()]
+        said += [f"{arm} {', '.join(values)}"] if values else []
+    return "At the end: " + "; ".join(said)
