@@ -33,8 +33,9 @@ TALLEST = 400.0  # inches; Agg draws fewer than 2¹⁶ pixels
 EDGE = 0.08  # inches around title, legend and caption
 
 INK, SOFT, FAINT, BAND = "#222222", "#666666", "#dddddd", "#d9eaf7"
-CYCLE = ("#555555", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b37a00", "#56b4e9")  # after Okabe and Ito
-STYLES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))  # an eighth arm has the first's colour
+CYCLE = ("#555555", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b37a00", "#56b4e9",
+         "#8450b3")  # after Okabe and Ito  # fmt: skip
+STYLES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))  # a ninth arm has the first's colour
 MARKS = "osD^v"
 MOST_STEPS = 120  # points of a line
 

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from studies import make_study, warn, write_profile, write_traces
+from studies import make_study, values_of, warn, write_profile, write_traces
 
-from normbench.figures import Sketch
+from normbench.figures import BAND, CYCLE, FAINT, INK, SOFT, Sketch
 from normbench.plan import write_json
+from normbench.profile import record
 from normbench.report import __main__ as door
 from normbench.report import drawing
 from normbench.report.evidence import differences_of
+from normbench.report.layers import profile_of, step_table
 from normbench.report.markdown import plain, with_code
 from normbench.stats import __main__ as stats
 
@@ -208,6 +210,25 @@ def test_a_label_that_looks_like_a_colour_stays(tmp_path: Path) -> None:
     assert drawn is not None
     assert "fill: #222222;\" &lt;b&gt; 'DejaVu Sans'" in drawn.wide and "fill: var(--c222222)" in drawn.wide
     assert "&quot;alt&quot; &lt;b&gt;" in drawn.narrow and "#222222;" in drawn.file.read_text()
+
+
+def test_the_page_has_every_colour_in_light_dark_and_print() -> None:
+    style = (Path(drawing.__file__).parent / "page.css").read_text()
+    assert {style.count(f"--c{colour[1:]}:") for colour in (*CYCLE, INK, SOFT, FAINT, BAND)} == {3}
+
+
+def test_a_profiles_arms_have_the_colours_of_the_studys(tmp_path: Path) -> None:
+    folder = write_profile(tmp_path, ["mbn-stride2", "gn", "obn"], layers=2)
+    profile = profile_of(tmp_path, folder, [])
+    assert profile is not None
+    norms = [(arm.partition("-")[0], values_of(arm, "", "")["norm"]) for arm in ("obn", "mbn", "mbn-stride2")]
+    options = [(name, {k: v for k, v in norm.items() if k != "_partial_"}) for name, norm in norms]
+    assert profile.places(options) == [2, 3, 0]
+    head, rows = step_table(profile)
+    assert head[:2] == ["arm", "step (ms)"] and [row[0] for row in rows] == ["mbn stride=2", "gn", "obn"]
+    step = record.step_row(profile.body["arms"][0], profile.body["without"]["resnet9"])
+    assert float(rows[0][1]) == pytest.approx(1e3 * step["step_median_s"], rel=1e-3)
+    assert float(rows[0][3]) == pytest.approx(100 * step["norm_share_by_layers"], rel=1e-3)
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -26,6 +26,19 @@ VISIBLE = """() => [...document.querySelectorAll("figure")].map((figure) => {
   const box = shown.length ? shown[0].getBoundingClientRect() : { width: 0, height: 0 };
   return [shown.length, box.width, box.height, shown.length ? shown[0].getAttribute("aria-label") : ""];
 })"""
+OVERLAPS = """() => [...document.querySelectorAll("figure")].flatMap((figure) => {
+  const svg = [...figure.querySelectorAll("svg")].find((each) => each.getClientRects().length);
+  const boxed = (each) => [each.textContent, each.getBoundingClientRect()];
+  const texts = [...svg.querySelectorAll("text")].map(boxed);
+  const around = [...figure.querySelectorAll("h3, figcaption")].map(boxed);
+  const over = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+    && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3;
+  return texts.flatMap(([text, a], i) => [...texts.slice(i + 1), ...around]
+    .filter(([, b]) => over(a, b)).map(([other]) => [figure.id, text, other]));
+})"""
+COLOURS = """() => [...document.body.innerHTML.matchAll(/var[(](--c[0-9a-f]{6})[)]/g)]
+  .map((found) => found[1])
+  .filter((name) => !getComputedStyle(document.documentElement).getPropertyValue(name))"""
 OVERFLOW = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
 CELLS = """(column) => [...document.querySelector("#comparison table").tBodies[0].rows]
   .map((row) => row.cells[column].textContent.trim())"""
@@ -72,12 +85,12 @@ def opened(browser: Browser, file: Path, width: int = 1440, scheme: str = "light
 def test_a_browser_shows_all_of_it(browser: Browser, full: Path) -> None:
     for width in (390, 1440):
         page, wrongs = opened(browser, full, width)
-        figures = page.evaluate(VISIBLE)
-        assert len(figures) >= 14
-        for shown, wide, high, alt in figures:
-            assert shown == 1 and 200 < wide <= width and high > 100 and len(alt) > 20
         assert page.evaluate(OVERFLOW) <= 0
         page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+        figures = page.evaluate(VISIBLE)
+        assert len(figures) >= 20 and page.evaluate(OVERLAPS) == page.evaluate(COLOURS) == []
+        for shown, wide, high, alt in figures:
+            assert shown == 1 and 200 < wide <= width and high > 100 and len(alt) > 20
         assert page.evaluate(OVERFLOW) <= 0 and wrongs == []
         page.close()
 

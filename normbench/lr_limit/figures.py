@@ -13,7 +13,6 @@ from scipy.special import expit
 
 from normbench.figures import (
     CYCLE,
-    FAINT,
     INK,
     SOFT,
     WIDTH,
@@ -121,7 +120,7 @@ def draw_search(axes: Axes, arm: Searched, color: str) -> None:
     axes.set_yscale("log")
     rates, n = list(arm.order), len(arm.sessions)
     places = np.arange(1, len(rates) + 1)
-    axes.plot(places, rates, color=FAINT, linewidth=1.0, zorder=1)
+    axes.plot(places, rates, color=LINE, linewidth=0.8, zorder=1)
     low, high = max(arm.limit.low, min(rates) / 2), min(arm.limit.high, max(rates) * 2)
     axes.axhspan(low, high, color="#e8e8e8", linewidth=0, zorder=0, label="interval")
     apart = (np.arange(n) - (n - 1) / 2) * min(0.12, 0.7 / n)

@@ -46,6 +46,7 @@ from normbench.profile.compare import Series
 from normbench.profile.record import PASSES, Body, step_rows
 
 THEIRS = {"MBN": "D", "OBN": "s"}  # markers
+GOES_ON = "A line that ends at the edge goes on."
 LONGEST = 1.5  # times the longest bar: where an axis ends, whatever a spread's line does
 Places = Sequence[int]
 
@@ -86,7 +87,7 @@ def bars(body: Body, places: Places, in_model: bool, width: float = WIDTH) -> Fi
         figure,
         "Layers of one shape are added up." if len(shown) < len(arms[0]["layers"]) else "",
         f"Bars: medians of {len(arms[0]['step_s'])} rounds; lines: 20th to 80th percentile.",
-        "A line that ends at the edge goes on." if clipped else "",
+        GOES_ON if clipped else "",
         relu_note(body),
     )
     return figure
@@ -95,13 +96,18 @@ def bars(body: Body, places: Places, in_model: bool, width: float = WIDTH) -> Fi
 def layer_panels(shown: Sequence[groups.Shown], arms: int, width: float) -> tuple[Figure, list[Axes]]:
     """A panel a pass with a row a layer: side by side, or below each other where it is narrow."""
     narrow = width < NARROW
-    names = [wrapped(f"{one.name} {one.shape}", 15 if narrow else 24) for one in shown]
+    names = named(shown, width)
     tall = len(shown) * row_height(names, arms)
     figure = blank(0.7 + tall if not narrow else 1.4 + 2 * tall, width)
     spots = figure.subplots(2 if narrow else 1, 1 if narrow else 2, sharey=True, squeeze=False).ravel()
     for axes in spots:
         name_rows(axes, names)
     return figure, list(spots)
+
+
+def named(shown: Sequence[groups.Shown], width: float) -> list[str]:
+    """The rows' names: a layer and its shape."""
+    return [wrapped(f"{one.name} {one.shape}", 15 if width < NARROW else 24) for one in shown]
 
 
 def row_height(names: Sequence[str], bars_each: int) -> float:
@@ -218,13 +224,14 @@ def steps(body: Body, places: Places, width: float = WIDTH) -> Figure:
 def compared(body: Body, theirs: Sequence[Series], places: Places, width: float = WIDTH) -> Figure:
     """Their layers over ours as parts of all norm time, and both totals against their own first arm's."""
     shown, arms = groups.shown(body), body["arms"]
-    names = [wrapped(f"{one.name} {one.shape}", 15 if width < NARROW else 24) for one in shown]
+    names = named(shown, width)
     tall = 0.6 + len(shown) * row_height(names, len(arms))
     narrow = width < NARROW
     figure = blank((2 * tall if narrow else tall) + 2.6, width)
     beside = [["forward"], ["backward"]] if narrow else [["forward", "backward"]]
     rows: list[Any] = [*beside, ["all"] * len(beside[0])]
     spots = figure.subplot_mosaic(rows, height_ratios=[*[tall] * (len(rows) - 1), 2.4])
+    clipped = False
     for which in PASSES:
         axes = spots[which]
         name_rows(axes, names)
@@ -233,14 +240,16 @@ def compared(body: Body, theirs: Sequence[Series], places: Places, width: float 
             own = [groups.in_model(arm, one.layers, which) for one in shown]
             whole = sum(Spread.of(one).median for one in own if one)
             times.append([[100 * s / whole for s in one] for one in own])
-        draw_bars(axes, times, places, "part of all norm time (%)")
+        clipped |= draw_bars(axes, times, places, "part of all norm time (%)")
+        farthest = axes.get_xlim()[1]
         for i, arm in enumerate(arms):
             for one in (one for one in theirs if one.stride == arm["stride"]):
                 parts = [sum(one.times_s[which][place] for place in s.layers) for s in shown]
                 y = np.arange(len(shown)) + (i - (len(arms) - 1) / 2) * 0.82 / len(arms)
-                axes.plot(100 * np.array(parts) / sum(parts), y, **theirs_look(one.arm))
-        axes.set_xlim(0, None)
-        axes.autoscale(axis="x")
+                x = 100 * np.array(parts) / sum(parts)
+                axes.plot(x, y, **theirs_look(one.arm))
+                farthest = max(farthest, 1.04 * x.max())
+        axes.set_xlim(0, farthest)
         head(axes, which, fontsize=9.5)
     if not narrow:
         spots["backward"].tick_params(labelleft=False)
@@ -252,6 +261,7 @@ def compared(body: Body, theirs: Sequence[Series], places: Places, width: float 
         figure,
         "Bars: ours inside the step; marks: theirs at the same stride. Machines differ, so layers are parts "
         "of all norm time, and totals are against each table's smallest stride.",
+        GOES_ON if clipped else "",
     )
     return figure
 

@@ -376,7 +376,7 @@ def draw_steps(axes: Axes, arm: Reached, color: str, label: str) -> None:
 def row_height(names: Sequence[str], width: float) -> float:
     """Inches for a row of points, or for the longest name; in a narrow figure for both and the words."""
     lines = max(name.count("\n") + 1 for name in names)
-    return 0.62 + 0.15 * lines if width < NARROW else max(0.52, 0.08 + 0.15 * lines)
+    return 0.75 + 0.15 * lines if width < NARROW else max(0.52, 0.08 + 0.15 * lines)
 
 
 def name_in(width: float, *parts: str) -> str:

@@ -44,6 +44,7 @@ QUANTILES = ("q01", "q20", "q80", "q99")
 PEAKS = tuple(f"peak_{q}" for q in QUANTILES)
 MOST_LAYERS = 4
 MOST_CHANNELS = 6
+MOST_BANDS = 4  # over each other in a panel
 FAR = 6.0  # times as wide as is usual: a scale ends before it
 Table = pd.DataFrame
 Span = tuple[float, float]
@@ -107,14 +108,16 @@ def norms_figure(arms: Sequence[str], tables: Tables, layer: str, group: str = "
         return None
     figure, panels = grid([QUANTITIES[c] for c in shown], width, share="x")
     cut: dict[str, None] = {}
+    with_bands = len(tables) <= MOST_BANDS
     for axes, column in zip(panels, shown, strict=True):
         spans = {}
         for i, (arm, table) in enumerate(tables.items()):
             if table[column].notna().any():
                 x, y = over_steps(table, column)
-                banded(axes, x, y[:, 1], [(y[:, 0], y[:, 2])], arms.index(arm), pale=0.3 / (1 + len(tables)),
+                bands = [(y[:, 0], y[:, 2])] if with_bands else []
+                banded(axes, x, y[:, 1], bands, arms.index(arm), pale=0.3 / (1 + len(tables)),
                        linewidth=width_of(i, len(tables)))  # fmt: skip
-                spans[arm] = span_of(y)
+                spans[arm] = span_of(y if with_bands else y[:, 1])
         cut |= dict.fromkeys(end_scale(axes, spans))
         axes.locator_params(axis="y", nbins=4)
     below(panels, "step")
@@ -122,7 +125,8 @@ def norms_figure(arms: Sequence[str], tables: Tables, layer: str, group: str = "
     channels = max(table["channel"].nunique() for table in tables.values())
     counts = f"{counted(tables.values())}, {channels} channels"
     entitle(figure, f"norm layer {layer} over training", counts, group)
-    explain(figure, "Line: median of channels and sessions; band: their middle 60 %.", beyond(cut))
+    band = "; band: their middle 60 %" if with_bands else ""
+    explain(figure, f"Line: median of channels and sessions{band}.", beyond(cut))
     return figure
 
 
