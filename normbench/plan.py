@@ -253,7 +253,12 @@ def write_json(path: Path, body: Any) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: beside it first, then renamed."""
+    """Write a file whole or not at all: beside it first, then renamed.
+
+    Raises: Refused — a device, a pipe or a folder is there, which the renaming would replace.
+    """
+    if path.exists() and not path.is_file():
+        raise Refused(f"{path} is no ordinary file; name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
