@@ -1,5 +1,6 @@
 """How every door speaks and refuses: one line on stderr, exit code 2, whatever a person or disk got wrong."""
 
+import argparse
 import os
 import sys
 import time
@@ -30,6 +31,14 @@ def refuse(door: str, line: str) -> NoReturn:
         time.sleep(RANK_0_SPEAKS_S)
     print(f"normbench {door}: {line}", file=sys.stderr)
     sys.exit(2)
+
+
+class Arguments(argparse.ArgumentParser):
+    """A door's arguments, whose mistakes are one line too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse; `--help` shows the usage."""
+        refuse(self.prog.removeprefix("normbench "), f"{message}; see --help")
 
 
 @contextmanager

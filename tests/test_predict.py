@@ -1,9 +1,12 @@
 """`predict`: the row's own numbers from every kind of input, weights all from the file, one-line errors."""
 
 import csv
+import hashlib
+import io
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -17,12 +20,15 @@ import torch
 from conftest import Planner, Trainer
 from PIL import Image
 
-from normbench.figures import svg_of
+from normbench import checkpoint, figures
+from normbench.plan import write_whole
 from normbench.predict import __main__ as door
+from normbench.predict import images
 from normbench.predict.batches import Place, of_folder, of_split
 from normbench.predict.figures import confusion_figure
 from normbench.predict.images import Table, list_folder
 from normbench.predict.scores import Predictions, predictions_text, score
+from normbench.predict.weights import config_of
 from normbench.values import Refused
 
 Predict = Callable[..., str]
@@ -35,8 +41,10 @@ KEPT = ["save_model=true", "checkpoint.keep=true", "checkpoint.every=1epoch"]
 def predict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Predict:
     """What a `predict` command prints, or with `fails` the one line it is refused with."""
 
-    def run(*arguments: object, fails: bool = False) -> str:
+    def run(*arguments: object, fails: bool = False, draws: bool = False) -> str:
         monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
+        if not draws:  # which takes longer than all else
+            monkeypatch.setattr(figures, "svg_of", lambda *_: "<svg/>")
         capsys.readouterr()
         if not fails:
             door.main()
@@ -68,6 +76,12 @@ def digits() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     return np.rint(bunch.images[order] * 255 / 16).astype(int).reshape(360, 64), bunch.target[order]
 
 
+def seen(batches: list[tuple[torch.Tensor, torch.Tensor | None]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """All images, and all labels where they are known."""
+    labels = [y for _, y in batches if y is not None]
+    return torch.cat([x for x, _ in batches]), torch.cat(labels) if labels else None
+
+
 def row_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "session.json").read_text())["row"]  # type: ignore[no-any-return]
 
@@ -84,13 +98,14 @@ def metrics(path: str = "predictions-metrics.json") -> dict[str, Any]:
 def test_the_own_test_set_gives_the_rows_numbers(session: Path, predict: Predict) -> None:
     row, predictions = row_of(session), []
     for weights in (session, session / "model.pt"):
-        said = predict(weights, "--split", "test", "--top", 3)
+        said = predict(weights, "--split", "test", "--top", 3, draws=weights == session)
         assert "equal to the session's row: test_acc and test_macro_f1" in said
         found = metrics()
         assert (found["acc"], found["macro_f1"]) == (row["test_acc"], row["test_macro_f1"])
         assert found["loss"] == pytest.approx(row["test_loss"], rel=1e-6)
         assert found["micro_f1"] == pytest.approx(found["acc"]) and found["images"] == 360
         predictions.append(Path("predictions.csv").read_text())
+        assert len(Path("predictions-confusion.svg").read_text()) > 10_000 or weights != session
     assert predictions[0] == predictions[1]
     rows = table()
     assert list(rows[0]) == [
@@ -118,10 +133,12 @@ def test_the_own_test_set_gives_the_rows_numbers(session: Path, predict: Predict
 
 
 def test_a_row_that_says_otherwise_is_said(session: Path, predict: Predict) -> None:
-    text = (session / "session.json").read_text()
-    acc = row_of(session)["test_acc"]
-    (session / "session.json").write_text(text.replace(f'"test_acc": {acc}', '"test_acc": 0.25'))
-    assert "NOT equal to the session's row, which says test_acc 0.25" in predict(session, "--split", "test")
+    text, row = (session / "session.json").read_text(), row_of(session)
+    text = text.replace(f'"test_acc": {row["test_acc"]}', '"test_acc": 0.25')
+    (session / "session.json").write_text(text.replace(row["device_name"], "Abacus"))
+    said = predict(session, "--split", "test")
+    assert "NOT equal to the session's row, which says test_acc 0.25, " in said
+    assert f", on Abacus and not {row['device_name']}\n" in said
 
 
 def test_every_way_to_write_the_images_gives_the_same_predictions(session: Path, predict: Predict) -> None:
@@ -139,59 +156,60 @@ def test_every_way_to_write_the_images_gives_the_same_predictions(session: Path,
         picture = Image.fromarray(image.reshape(8, 8).astype(np.uint8))
         picture.save(f"flat/{i:03}.png")
         picture.convert("RGB").save(f"classes/{label}/{i:03}.png")
-    acc, macro_f1 = row_of(session)["test_acc"], row_of(session)["test_macro_f1"]
-    predict(session, "--split", "test")
-    expected = [row["label"] for row in table()]
+    config = config_of(session / "config.yaml")
+    x, y = seen(list(of_split(config.dataset, "test", ".", Place(config, torch.device("cpu"), 100))))
     for arguments in (
         ("integers.csv",),
         ("exponents.csv", "--labels", "labels.csv", "--batch-size", "7"),
         ("fractions.csv", "--labels", "labels.csv"),
+        ("fractions.csv", "--scale", "1"),
         ("first.csv", "--label-column", "1"),
         ("last.csv", "--label-column", "-1", "--batch-size", "359"),
         ("flat",),
+        ("flat/000.png",),
     ):
-        predict(session, *arguments)
-        assert [row["label"] for row in table()] == expected, arguments
-        known = len(arguments) > 1
-        assert Path("predictions-metrics.json").exists() == known
-        assert not known or (metrics()["acc"], metrics()["macro_f1"]) == (acc, macro_f1)
-    assert table()[5]["file"] == "005.png" and "true_label" not in table()[0]
+        given = door.parser().parse_args(["s0", *arguments])
+        asked = door.asked(given, config, given.batch_size or 100)
+        images, truth = seen(list(asked.batches(Place(config, torch.device("cpu"), 100), ".")))
+        torch.testing.assert_close(images, x[: len(images)], rtol=1e-5, atol=1e-5)
+        assert len(images) == (1 if arguments[0].endswith(".png") else 360)
+        assert truth is None if len(arguments) == 1 or "--scale" in arguments else torch.equal(truth, y)
+    acc, macro_f1 = row_of(session)["test_acc"], row_of(session)["test_macro_f1"]
     predict(session, "classes")
-    assert {row["file"].split("/")[1]: row["label"] for row in table()} == {
-        f"{i:03}.png": label for i, label in enumerate(expected)
-    }
+    in_order = sorted(table(), key=lambda row: row["file"].split("/")[1])
     assert metrics()["acc"] == acc and metrics()["macro_f1"] == pytest.approx(macro_f1, abs=1e-12)
+    predict(session, "first.csv", "--label-column", "1")
+    assert (metrics()["acc"], metrics()["macro_f1"]) == (acc, macro_f1)
+    assert [row["label"] for row in table()] == [row["label"] for row in in_order]
+    assert "removed: predictions-metrics.json, " in predict(session, "flat")
+    assert not Path("predictions-metrics.json").exists()
+    assert table()[5]["file"] == "005.png" and "true_label" not in table()[0]
     predict(session, "integers.csv", "--format", "study", "--out", "deep/er/study.csv")
-    assert Path("deep/er/study.csv").read_text() == "\n".join(expected) + "\n"
+    assert Path("deep/er/study.csv").read_text().split() == [row["label"] for row in table()]
 
 
 @pytest.mark.slow
-def test_all_parts_of_the_own_data_set_and_the_weights_of_the_best_epoch(
+def test_a_packs_sessions_on_all_parts_of_their_data_set_with_the_weights_of_the_best_epoch(
     train: Trainer, predict: Predict
 ) -> None:
     parts = ["dataset.val_fraction=0.25", "dataset.test_subset=32", "select=best_val"]
-    plan = train(*TINY, *KEPT, *parts, "norm=mbn", "stride=2", "channels_last=true")
-    folder = plan.session_folder(plan.sessions[0])
-    assert "equal to the session's row" in predict(folder, "--split", "test")
-    assert metrics()["images"] == 32
-    predict(folder, "--split", "val")
-    assert (metrics()["acc"], metrics()["images"]) == (row_of(folder)["val_acc"], 359)
-    predict(folder, "--split", "train", "--batch-size", 50)
-    assert metrics()["images"] == 192
-
-
-def test_a_packed_session_predicts_as_its_row_says(train: Trainer, predict: Predict) -> None:
-    plan = train(*SMALL, "steps=2", "save_model=true", "pack=2", "session=0,1", "norm=gn")
-    for planned in plan.sessions:
-        folder = plan.session_folder(planned)
+    packed = ["pack=2", "session=0,1", "norm=mbn", "stride=2", "channels_last=true", "precision=bf16"]
+    plan = train(*TINY, "save_model=true", *parts, *packed)
+    folders = [plan.session_folder(planned) for planned in plan.sessions]
+    for folder in folders:
         assert "equal to the session's row" in predict(folder, "--split", "test")
+        assert (metrics()["images"], metrics()["precision"]) == (32, "bf16")
+    predict(folders[1], "--split", "val")
+    assert (metrics()["acc"], metrics()["images"]) == (row_of(folders[1])["val_acc"], 359)
+    predict(folders[1], "--split", "train", "--batch-size", 50)
+    assert metrics()["images"] == 192
 
 
 def test_a_checkpoint_is_the_session_so_far(session: Path, predict: Predict) -> None:
     said = predict(session / "checkpoint.pt", "--split", "test")
-    assert "after step 3)" in said and "session's row" not in said
+    assert "after step 3 in epoch 1)" in said and "session's row" not in said
     so_far = (session / "epochs.csv").read_text().splitlines()[1].split(",")[7]
-    assert metrics()["acc"] == float(so_far) and metrics()["step"] == 3
+    assert (metrics()["acc"], metrics()["step"], metrics()["epoch"]) == (float(so_far), 3, 1)
     (session / "model.pt").unlink()
     assert predict(session, "--split", "test", fails=True) == (
         "s0 did not keep the weights that its row reports; train it with save_model=true; s0/checkpoint.pt "
@@ -235,24 +253,22 @@ def test_a_layer_of_ones_own_works_where_the_file_holds_its_whole_state(
 ) -> None:
     Path("layers_of_predict.py").write_text(LAYERS)
     monkeypatch.syspath_prepend(str(Path.cwd()))
-    names = ("Shift", "Hidden", "Forgotten", "shift")
-    classes = ",".join(f"layers_of_predict.{name}" for name in names)
-    plan = train(*SMALL, "steps=1", "save_model=true", "norm=custom", f"norm._target_={classes}")
-    folders = {
-        plan.arms[planned.arm].values["norm"]["_target_"].partition(".")[2]: plan.session_folder(planned)
-        for planned in plan.sessions
-    }
-    assert "equal to the session's row" in predict(folders["Shift"], "--split", "test")
+    shift = "norm._target_=layers_of_predict.Shift"
+    plan = train(*SMALL, "steps=1", "save_model=true", "norm=custom", shift)
+    folder = plan.session_folder(plan.sessions[0])
+    assert "equal to the session's row" in predict(folder, "--split", "test")
+    unhashed = re.sub("config_hash.*\n", "", (folder / "config.yaml").read_text())
     for name, why in (
         ("Hidden", "prep.norm.moving is a plain attribute, so no file holds it"),
         ("Forgotten", "prep.norm.moving is a buffer that is not persistent, so no file holds it"),
         ("shift", "layers_of_predict.shift is no torch.nn.Module"),
     ):
-        assert why in predict(folders[name], "--split", "test", fails=True)
+        (folder / "config.yaml").write_text(unhashed.replace("predict.Shift", f"predict.{name}"))
+        assert why in predict(folder, "--split", "test", fails=True)
     sys.modules.pop("layers_of_predict")
     Path("layers_of_predict.py").unlink()
-    assert "cannot be imported (No module named 'layers_of_predict')" in predict(
-        folders["Shift"], "--split", "test", fails=True
+    assert "layers_of_predict.shift cannot be imported (No module named 'layers_of_predict')" in predict(
+        folder, "--split", "test", fails=True
     )
 
 
@@ -268,8 +284,15 @@ def test_weights_that_are_not_the_models_name_the_first_tensor(session: Path, pr
     ):
         torch.save(changed, session / "model.pt")
         assert predict(session, "--split", "test", fails=True).startswith(blame + why)
+    for odd in (state[first].to_sparse(), state[first].to("meta")):
+        torch.save({**state, first: odd}, session / "model.pt")
+        assert f"{first!r} is a sparse, quantized or empty" in predict(session, "--split", "test", fails=True)
     torch.save({**state, first: state[first] * float("nan")}, session / "model.pt")
-    assert "image 1: the model's logits are not finite" in predict(session, "--split", "test", fails=True)
+    not_finite = "s0/model.pt: the logits of image 1 are not finite"
+    assert predict(session, "--split", "test", fails=True) == not_finite
+    text = (session / "session.json").read_text()
+    (session / "session.json").write_text(text.replace('"status": "ok"', '"status": "diverged"'))
+    assert predict(session, "--split", "test", fails=True) == not_finite + "; its session diverged"
 
 
 class Touches:
@@ -288,11 +311,14 @@ def test_files_that_are_no_weights(session: Path, predict: Predict) -> None:
         path.write_bytes(content)
         return predict(path, "--split", "test", fails=True)
 
-    assert refused(whole[:-7]) == "s0/model.pt is no state_dict: it is cut off, or foreign"
-    assert refused(b"0,1,2\n") == "s0/model.pt is no state_dict: it is cut off, or foreign"
+    foreign = "s0/model.pt is no state_dict: it is cut off, or foreign; give a session's model.pt"
+    assert refused(b"0,1,2\n") == refused(pickle.dumps(Touches())) == foreign
     assert refused(b"") == "s0/model.pt is empty"
-    assert "is damaged: the checksum of archive/" in refused(bytes(flipped))
-    assert refused(pickle.dumps(Touches())).endswith("it is cut off, or foreign")
+    assert refused(whole[:-7]) == "s0/model.pt is damaged: its directory is not as torch wrote it"
+    assert re.search("is damaged: archive/.* is not as torch wrote it", refused(bytes(flipped)))
+    marked = bytearray(whole)  # one bit makes the last part a folder, of which torch reads nothing
+    marked[whole.rindex(b"PK\1\2") + 38] ^= 16
+    assert "is not as torch wrote it" in refused(bytes(marked))
     for content, why in (
         ({"a": Touches()}, "it holds more than tensors, and is not read further"),
         ({"model": {"w": torch.ones(1)}}, "'model' is dict, not a tensor"),
@@ -300,9 +326,18 @@ def test_files_that_are_no_weights(session: Path, predict: Predict) -> None:
     ):
         torch.save(content, path)
         assert predict(path, "--split", "test", fails=True) == f"s0/model.pt is no state_dict: {why}"
-    assert not Path("ran").exists()
     saved = session / "checkpoint.pt"
-    saved.write_bytes(saved.read_bytes()[:-9])
+    end = saved.read_bytes()
+    for body in ({"model": {"a": Touches()}, "step": 1, "epoch": 1}, {"step": 1, "epoch": 1}, [1]):
+        buffer = io.BytesIO()
+        torch.save(body, buffer)
+        head = {"epoch": 1, "step": 1, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
+        saved.write_bytes(checkpoint.FORMAT + json.dumps(head).encode() + b"\n" + buffer.getvalue())
+        assert predict(saved, "--split", "test", fails=True) == (
+            "s0/checkpoint.pt is no session's checkpoint, and is not read further"
+        )
+    assert not Path("ran").exists()
+    saved.write_bytes(end[:-9])
     assert predict(saved, "--split", "test", fails=True) == (
         "s0/checkpoint.pt: it is damaged: its checksum does not fit"
     )
@@ -323,6 +358,22 @@ def test_the_configuration_is_the_sessions(session: Path, predict: Predict) -> N
             [(hashed, ""), ("normbench.norms.obn.FusedBatchNorm", "os.system")],
             "os.system is no torch.nn.Module",
         ),
+        (
+            [
+                (hashed, ""),
+                ("eps: 1.0e-05", "eps: {_target_: normbench.models.init.torch.os.mkdir, path: ran}"),
+            ],
+            "normbench.models.init.torch.os.mkdir is no torch.nn.Module",
+        ),
+        (
+            [(hashed, ""), ("eps: 1.0e-05", 'eps: "${oc.create:{_target_: os.mkdir, path: ran}}"')],
+            "s0/config.yaml holds an interpolation",
+        ),
+        (
+            [(hashed, ""), ("width: 4", "width: x")],
+            "s0/config.yaml: the model cannot be built (width must be",
+        ),
+        ([(hashed, ""), ("deterministic: false", "deterministic: 0")], "(deterministic must be true or"),
         ([(hashed, ""), ("shape:\n  - 1", "shape:\n  - -1")], "no session's configuration (dataset.shape[0]"),
         ([(text, "- 1")], "no session's configuration (it holds no keys)"),
         ([(text, "{")], "no session's configuration (while parsing"),
@@ -333,7 +384,15 @@ def test_the_configuration_is_the_sessions(session: Path, predict: Predict) -> N
             new = new.replace(old, put)
         config.write_text(new)
         assert why in predict(session, "--split", "test", fails=True)
-    assert predict("s0/..", "--split", "test", fails=True).startswith("s0/.. is no session's folder")
+    assert not Path("ran").exists()
+    shutil.copytree("s0", "outputs/study/setting/s0")
+    assert predict("outputs/study/setting/s0/..", "--split", "test", fails=True).endswith("setting/s0/../s0")
+    for folder in ("outputs", "outputs/study", "outputs/study/setting"):
+        said = predict(folder, "--split", "test", fails=True)
+        assert said == f"{folder} is no session's folder; one is outputs/study/setting/s0"
+    Path("outputs/study/setting/s0/config.yaml").unlink()
+    said = predict("outputs", "--split", "test", fails=True)
+    assert said == "outputs is no session's folder; such a folder holds config.yaml and model.pt"
 
 
 ZEROS = ",".join(["0"] * 11)
@@ -354,11 +413,15 @@ ROW = ZEROS + ",7"
         (f"{ROW}\n\n{ROW}\n", {}, "row 2 is empty"),
         (f"{ROW}\n{ZEROS},256\n", {}, "row 2, column 12: 256 is not an integer from 0 to 255"),
         (f"{ROW}\n{ZEROS},nan\n", {}, "row 2, column 12: nan is not an integer from 0 to 255"),
-        (f"{ZEROS},-0.5\n", {}, "row 1, column 12: -0.5 is not an integer from 0 to 255"),
-        (f"{ROW}\n{ZEROS},0.5\n", {}, "0.5 is not an integer from 0 to 255 (the file's first value that is"),
-        (f"{ZEROS},0.5\n{ROW}\n", {}, "row 2, column 12: 7 is not a number from 0 to 1 (the file's first"),
+        (f"{ZEROS},-0.5\n", {}, "-0.5 is not an integer from 0 to 255; give the values from before their"),
+        (f"{ROW}\n{ZEROS},0.5\n", {}, "0.5 is not an integer from 0 to 255, as the file's first value"),
+        (f"{ZEROS},0.5\n{ROW}\n", {}, "row 2, column 12: 7 is not a number from 0 to 1, as the file's first"),
+        (f"{ZEROS},300.5", {"scale": "255"}, "row 1, column 12: 300.5 is not a number from 0 to 255"),
+        (f"{ROW},\n", {}, "row 1, column 13: '' is no number; a row ends without a comma"),
+        (ROW.replace("7", '"7"'), {}, "row 1, column 12: '\"7\"' is no number; numbers take no quotes"),
+        ("7" * 2000, {}, "row 1 is longer than 12 values are"),
         (f"{ROW}\n", {"scale": "1"}, "row 1, column 12: 7 is not a number from 0 to 1"),
-        (f"{ZEROS},1\n", {}, "holds zeros and ones alone; say which is the brightest: --scale 1 or 255"),
+        (f"{ZEROS},1\n", {}, "holds zeros and ones alone up to row 1; say which is the brightest"),
         (f"3,{ROW}\n3,{ZEROS},300\n", {"label_column": 1}, "row 2, column 13: 300 is not an integer"),
         (f"{ROW},3\n{ZEROS},300,3\n", {"label_column": -1}, "row 2, column 12: 300 is not an integer"),
         (f"{ROW},3\n{ROW},4\n", {"label_column": -1}, "row 2, column 13: label 4 is not an integer"),
@@ -374,13 +437,20 @@ def test_a_wrong_table_is_refused_by_row_and_column(text: str, options: Any, why
         assert str(refused.value).startswith("images.csv") and why in str(refused.value)
 
 
-def test_a_table_is_read_in_parts_and_its_scale_is_the_whole_files() -> None:
+def test_a_table_is_read_in_parts_and_its_scale_is_the_whole_files(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("images.csv").write_text(f"\ufeff{ZEROS},1\r\n{ZEROS},0.5\r\n{ROW}\r\n\n")
     chunks = Table(Path("images.csv"), (3, 2, 2), 4).chunks(1)
     black, half = next(chunks), next(chunks)  # before the mistake in row 3
     assert (black[0][0, 2, 1].tolist(), half[0][0, 2, 1].tolist()) == ([0, 255], [0, 127.5])
     with pytest.raises(Refused, match="row 3"):
         next(chunks)
+    Path("images.csv").write_text(f"{ZEROS},1\n{ZEROS},1\n{ROW}\n")
+    monkeypatch.setattr(images, "UNDECIDED", 12)  # values that wait for one that tells
+    with pytest.raises(Refused, match="up to row 2"):
+        next(Table(Path("images.csv"), (3, 2, 2), 4).chunks(1))
+    Path("images.csv").write_text(f"{ZEROS},0.5\n")
+    values, _ = next(Table(Path("images.csv"), (3, 2, 2), 4, scale="255").chunks(9))
+    assert values.max() == 0.5
     Path("images.csv").write_text(f"{','.join(map(str, range(12)))}\n")
     values, _ = next(Table(Path("images.csv"), (3, 2, 2), 4).chunks(9))
     assert (values == np.arange(12).reshape(1, 3, 2, 2)).all()  # CHW
@@ -391,8 +461,9 @@ def test_a_mistake_late_in_a_table_costs_no_earlier_result(session: Path, predic
     Path("images.csv").write_text("\n".join([*rows, "8"]))
     Path("predictions.csv").write_text("earlier")
     assert "row 6 has 1 values" in predict(session, "images.csv", "--batch-size", 2, fails=True)
+    predict(session, "images.csv", "--batch-size", 2, "--out", "new/predictions.csv", fails=True)
     assert Path("predictions.csv").read_text() == "earlier"
-    assert not [name for name in os.listdir() if name.startswith(".pred")]
+    assert sorted(os.listdir()) == ["images.csv", "predictions.csv", "s0"]
 
 
 @pytest.mark.parametrize(
@@ -409,16 +480,20 @@ def test_a_mistake_late_in_a_table_costs_no_earlier_result(session: Path, predic
             "--dataset cifar10 has images [3, 32, 32], the model was trained on [1, 8, 8]",
         ),
         ("s0 images.csv --split test", "images.csv and a data set exclude each other"),
-        ("s0 images.csv --out images.csv", "--out images.csv would overwrite images.csv, which is read"),
+        ("s0 images.csv --out images.csv", "--out images.csv would overwrite images.csv; choose another"),
+        ("s0 images.csv --out s0/epochs.csv", "--out s0/epochs.csv would overwrite s0/epochs.csv; choose"),
+        ("s0 images.csv --out pipe", "--out pipe: pipe is no ordinary file; choose another name"),
+        ("s0 images.csv --tpo 2", "unrecognized arguments: --tpo 2; see --help"),
         ("s0 images.csv --out s0", "--out s0 is a folder; name a file in it, like s0/predictions.csv"),
         ("s0 images.csv --out images.csv/a.csv", "--out images.csv/a.csv: "),
         ("s0 images.csv --top 11", "--top 11: the model knows 10 classes"),
         ("s0 images.csv --top 2 --format study", "--format study writes one integer an image; leave --top"),
         ("s0 images.csv --format json", "--format must be one of table, study, got 'json'"),
-        ("s0 images.csv --resize squash", "--resize is for a folder of pictures only; leave it out"),
+        ("s0 images.csv --resize squash", "--resize is for pictures only; leave it out"),
         ("s0 --split test --scale 1", "--scale is for a CSV only; leave it out"),
         ("s0 images.csv --labels labels.txt --label-column 1", "--labels and --label-column exclude each"),
         ("s0 images.csv --labels labels.txt", "labels.txt: row 2: 'cat' is not an integer from 0 to 9"),
+        ("s0 images.csv --label-column -2", "--label-column must be -1 or an int ≥ 1, got -2"),
         ("s0 images.csv --label-column 99", "--label-column 99: a row has 65 values"),
         ("s0 images.csv --batch-size 0", "--batch-size must be an int ≥ 1, got 0"),
         ("s0 images.csv --device gpu", "--device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
@@ -427,7 +502,15 @@ def test_a_mistake_late_in_a_table_costs_no_earlier_result(session: Path, predic
 def test_a_wrong_command_is_one_line(session: Path, predict: Predict, arguments: str, why: str) -> None:
     Path("images.csv").write_text(",".join(["7"] * 64))
     Path("labels.txt").write_text("1\ncat\n")
+    os.mkfifo("pipe")
     assert predict(*arguments.split(), fails=True).startswith(why)
+
+
+def test_what_is_no_ordinary_file_is_never_replaced() -> None:
+    os.mkfifo("pipe")
+    with pytest.raises(Refused, match="pipe is no ordinary file"):
+        write_whole(Path("pipe"), "text")
+    assert Path("pipe").is_fifo() and os.listdir() == ["pipe"]
 
 
 def pictures(*names: str, size: tuple[int, int] = (8, 8)) -> None:
@@ -443,12 +526,16 @@ def test_a_folder_says_its_labels_or_has_none() -> None:
              "named/ant/deep/y.png", "mixed/x.png", "mixed/cat/y.png")  # fmt: skip
     Path("flat/.hidden.png").touch()
     Path("flat/notes.txt").touch()
+    Path("flat/lost.png").symlink_to("nowhere")  # left for the reader, who says that it is not there
+    Path("flat/folder.png").mkdir()
+    pictures("numbered/2/.ipynb_checkpoints/y-checkpoint.png")
+    Path("numbered/2/circle").symlink_to("..")
     Path("empty/inside").mkdir(parents=True)
     flat = list_folder(Path("flat"), "cifar10", 10)
-    assert (list(flat.files), flat.labels, flat.classes) == (["a.PNG", "b.png"], None, ())
+    assert (list(flat.files), flat.labels, flat.classes) == (["a.PNG", "b.png", "lost.png"], None, ())
     numbered = list_folder(Path("numbered"), "fashion_mnist", 11)
     assert numbered.labels is not None and dict(zip(numbered.files, numbered.labels, strict=True)) == {
-        "10/x.png": 10, "2/y.png": 2,
+        "10/x.png": 10, "2/circle/10/x.png": 2, "2/y.png": 2,
     }  # fmt: skip
     named = list_folder(Path("named"), "cifar10", 2)
     assert named.labels is not None and list(named.classes) == ["ant", "cat"]
@@ -483,6 +570,7 @@ def test_pictures_that_the_model_cannot_take(session: Path, predict: Predict) ->
         "or --resize center_crop"
     )
     predict(session, "large", "--resize", "squash")
+    assert predict(session, "large/a.png", fails=True).startswith("large/a.png is 9 wide and 8 high, not")
     pictures("broken/a.png", "broken/b.png")
     Path("broken/b.png").write_bytes(Path("broken/a.png").read_bytes()[:60])
     assert predict(session, "broken", fails=True).startswith("broken/b.png cannot be read as an image (")
@@ -500,18 +588,20 @@ def test_a_folder_set_is_resized_as_its_evaluation_does(plan_of: Planner) -> Non
     ]
     pictures(*names, size=(50, 40))
     sizes = [
+        "dataset=imagenette",
+        "batch.size=2",
+        "dataset.workers=0",
         "dataset.num_classes=2",
         "dataset.train_size=6",
         "dataset.test_size=6",
         "dataset.shape=[3,32,24]",
     ]
+    plan = plan_of(*sizes)
+    place = Place(plan.config(plan.sessions[0]), torch.device("cpu"), 4)
+    folder = list_folder(Path("imagenette2-160/val"), "imagenette", 2)
     for rule in ("squash", "center_crop", "random_resized_crop"):
-        plan = plan_of("dataset=imagenette", *sizes, f"dataset.resize={rule}", "batch.size=2")
-        config = plan.config(plan.sessions[0])
-        place = Place(config, torch.device("cpu"), 4)
-        folder = list_folder(Path("imagenette2-160/val"), "imagenette", 2)
-        ours = list(of_folder(folder, config.dataset["resize"], place))
-        theirs = list(of_split(config.dataset, "test", ".", place))
+        ours = list(of_folder(folder, rule, place))
+        theirs = list(of_split(place.config.dataset | {"resize": rule}, "test", ".", place))
         assert len(ours) == len(theirs) == 2
         for (x, y), (other_x, other_y) in zip(ours, theirs, strict=True):
             assert y is not None and other_y is not None
@@ -553,8 +643,8 @@ def test_the_figure_is_whole_and_shows_names_as_text(count: int) -> None:
     confusion = np.random.default_rng(0).integers(0, 50, (count, count))
     confusion[1] = 0  # a class without images
     names = ["<script>alert(1)</script>", "$x^2$ & co", *map(str, range(2, count))]
-    drawn = svg_of(confusion_figure(confusion, names, "3 images"), "confusion")
-    assert count > 2 or drawn == svg_of(confusion_figure(confusion, names, "3 images"), "confusion")
+    drawn = figures.svg_of(confusion_figure(confusion, names, "3 images"), "confusion")
+    assert count > 2 or drawn == figures.svg_of(confusion_figure(confusion, names, "3 images"), "confusion")
     texts = [node.text for node in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]
     assert (names[0] in texts and names[1] in texts) == (count <= 40)
     assert (f"{confusion[0, 0]}" in texts) == (count <= 20) or count > 20

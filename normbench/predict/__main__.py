@@ -12,19 +12,28 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
 from normbench.config import Config, Values, conf_dir
-from normbench.doors import one_line_errors, say
-from normbench.plan import utc_now
-from normbench.predict.images import SCALES, Chunk, Folder, Table, list_folder, read_labels
-from normbench.predict.weights import find
+from normbench.doors import Arguments, one_line_errors, say
+from normbench.plan import utc_now, write_whole
+from normbench.predict.images import (
+    SCALES,
+    Chunk,
+    Folder,
+    Table,
+    holds_pictures,
+    list_folder,
+    read_labels,
+)
+from normbench.predict.weights import OF_SESSION, find
 from normbench.results import git_commit
-from normbench.rules import RULES
-from normbench.values import Refused, int_from, nearest, one_of, positive_int
+from normbench.rules import RULES, Rule
+from normbench.values import Refused, nearest, one_of, positive_int
 
 if TYPE_CHECKING:
     from normbench.predict.batches import Batches, Place
@@ -35,15 +44,16 @@ FORMATS = ("table", "study")
 OF_CSV = ("labels", "label_column", "scale")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Arguments:
     """The door's options."""
-    made = argparse.ArgumentParser(
+    made = Arguments(
         prog="normbench predict",
         description="Predict with a session's weights; where labels are known, say how good that is.",
         epilog="A CSV has no header; a row is an image's C·H·W values, channel by channel (CHW). They are "
         "integers from 0 to 255 or fractions from 0 to 1, one kind a file: its first value that is neither 0 "
-        "nor 1 decides (fractions if between them), or --scale. Images are normalised, and resized where "
-        "training resized, as the session's config.yaml says.",
+        "nor 1 decides (fractions if between them), or --scale, which takes any number up to it. Images are "
+        "normalised, and resized where training resized, as the session's config.yaml says; transparency and "
+        "EXIF rotation are left out, as in training.",
         allow_abbrev=False,
     )
     add = made.add_argument
@@ -53,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="?",
         metavar="IMAGES",
-        help="a CSV, or a folder of pictures: flat, or one folder a class (labels, as ImageFolder)",
+        help="a CSV, a picture, or a folder of them: flat, or one folder a class (labels, as ImageFolder)",
     )
     add("--dataset", metavar="NAME", help="a data set instead of images (default: the session's own)")
     add("--split", metavar="PART", help="train, val or test of a data set (default with --dataset: test)")
@@ -146,17 +156,18 @@ def main() -> None:
 def check(arguments: argparse.Namespace) -> None:
     """Refuse values that are out of range, and options that would do nothing."""
     given = arguments
-    for name, allowed in (("format", FORMATS), ("split", SPLITS), ("scale", SCALES), ("resize", RESIZES)):
+    rules: dict[str, Rule] = {name: RULES[name] for name in ("device", "precision")}
+    words = {"format": FORMATS, "split": SPLITS, "scale": SCALES, "resize": RESIZES}
+    rules |= {name: partial(one_of, allowed=allowed) for name, allowed in words.items()}
+    rules |= {"top": positive_int, "batch_size": positive_int}
+    for name, rule in rules.items():
         if (value := getattr(given, name)) is not None:
-            judged(one_of, f"--{name}", value, allowed)
-    for name in ("device", "precision"):
-        if (value := getattr(given, name)) is not None:
-            judged(RULES[name], f"--{name}", value)
-    judged(positive_int, "--top", given.top)
-    if given.batch_size is not None:
-        judged(positive_int, "--batch-size", given.batch_size)
-    if given.label_column is not None and given.label_column != -1:
-        judged(int_from, "--label-column", given.label_column, 1)
+            try:
+                rule(f"--{name.replace('_', '-')}", value)
+            except ValueError as error:
+                raise Refused(str(error)) from error
+    if given.label_column is not None and given.label_column != -1 and given.label_column < 1:
+        raise Refused(f"--label-column must be -1 or an int ≥ 1, got {given.label_column}")
     if given.labels and given.label_column is not None:
         raise Refused("--labels and --label-column exclude each other; give one")
     if given.format == "study" and given.top > 1:
@@ -168,21 +179,13 @@ def check(arguments: argparse.Namespace) -> None:
         raise Refused(f"{given.images} and a data set exclude each other; leave --dataset and --split out")
     if given.images is not None and not given.images.exists():
         raise Refused(f"{given.images}: no such file or folder of images")
-    is_folder = given.images is not None and given.images.is_dir()
-    useless = [*(OF_CSV if of_set or is_folder else ()), *(() if of_set else ("data_dir",)),
-               *(() if is_folder else ("resize",))]  # fmt: skip
+    is_pictures = given.images is not None and holds_pictures(given.images)
+    useless = [*(OF_CSV if of_set or is_pictures else ()), *(() if of_set else ("data_dir",)),
+               *(() if is_pictures else ("resize",))]  # fmt: skip
     for name in useless:
         if getattr(given, name) is not None:
-            what = {"data_dir": "a data set", "resize": "a folder of pictures"}.get(name, "a CSV")
+            what = {"data_dir": "a data set", "resize": "pictures"}.get(name, "a CSV")
             raise Refused(f"--{name.replace('_', '-')} is for {what} only; leave it out")
-
-
-def judged(rule: Any, *values: Any) -> None:
-    """Refused where a rule says no."""
-    try:
-        rule(*values)
-    except ValueError as error:
-        raise Refused(str(error)) from error
 
 
 def beside(out: Path) -> tuple[Path, Path, Path]:
@@ -196,12 +199,14 @@ def beside(out: Path) -> tuple[Path, Path, Path]:
 
 def check_out(out: Path, inputs: Sequence[Path | None]) -> None:
     """Refuse a place that cannot be written, before anything is worked out, and files that are read."""
-    if out.is_dir() or not out.name:
+    if out.is_dir():
         raise Refused(f"--out {out} is a folder; name a file in it, like {out / 'predictions.csv'}")
-    read = {path.resolve() for path in inputs if path is not None}
+    read = {os.path.realpath(path) for path in inputs if path is not None}
     for path in (out, *beside(out)):
-        if path.resolve() in read:
-            raise Refused(f"--out {out} would overwrite {path}, which is read; choose another name")
+        if os.path.realpath(path) in read:
+            raise Refused(f"--out {out} would overwrite {path}; choose another name")
+        if path.exists() and not path.is_file():
+            raise Refused(f"--out {out}: {path} is no ordinary file; choose another name")
     there = next(parent for parent in out.absolute().parents if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise Refused(f"--out {out}: {there} is no folder that can be written to")
@@ -212,7 +217,7 @@ def asked(given: argparse.Namespace, config: Config, batch_size: int) -> Asked:
     own, num_classes = config.dataset, int(config.dataset["num_classes"])
     if given.images is None:
         return of_data_set(given, config)
-    if given.images.is_dir():
+    if holds_pictures(given.images):
         if given.resize and own["resize"]:
             raise Refused(f"--resize {given.resize}: training resized by {own['resize']}; leave it out")
         folder = list_folder(given.images, own["name"], num_classes)
@@ -269,9 +274,9 @@ def run(given: argparse.Namespace) -> None:
     if given.top > num_classes:
         raise Refused(f"--top {given.top}: the model knows {num_classes} classes")
     batch_size = given.batch_size or config.batch["eval_size"]
-    check_out(given.out, [source.file, given.images, given.labels, given.config])
+    kept = [source.file.with_name(name) for name in OF_SESSION]
+    check_out(given.out, [source.file, source.config_file, given.images, given.labels, *kept])
     wanted = asked(given, config, batch_size)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
 
     import torch  # dear, and what comes before may be refused
 
@@ -287,7 +292,7 @@ def run(given: argparse.Namespace) -> None:
     model = model_of(source, state)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    step = "" if state.step is None else f", after step {state.step}"
+    step = "" if state.step is None else f", after step {state.step} in epoch {state.epoch}"
     say(f"weights: {source.file} ({source.name}{step})")
     data_dir = given.data_dir or os.environ.get("NORMBENCH_DATA") or config.data_dir
     with settings_of(config, device):
@@ -295,6 +300,12 @@ def run(given: argparse.Namespace) -> None:
         batches = wanted.batches(Place(config, device, batch_size), data_dir)
         try:
             found = scores.predict(model.to(device), batches, device, precision, given.top)
+        except scores.NotFinite as error:
+            diverged = source.row is not None and source.row.get("status") == "diverged"
+            cure = "" if precision == "fp32" else "; try --precision fp32"
+            raise Refused(
+                f"{source.file}: {error}{'; its session diverged' if diverged else cure}"
+            ) from error
         except torch.OutOfMemoryError as error:
             raise Refused(
                 f"--batch-size {batch_size} does not fit into {device}; give a smaller one"
@@ -304,29 +315,45 @@ def run(given: argparse.Namespace) -> None:
     if config.norm.get("track_running_stats") is False:
         say("note: track_running_stats=false measures each batch, so predictions depend on --batch-size")
     scored, names = scores.score(found, num_classes), wanted.names(num_classes)
+    device_name = machine.name_of(device)
     if scored:
         say(scores.headline(scored))
         if wanted.own_test and source.row and precision == config.precision:
-            say(scores.against_row(scored, source.row))
+            say(scores.against_row(scored, source.row, device_name))
         scores.show_confusion(scored, names)
     provenance = {
         "weights": str(source.file),
         "weights_sha256": hashlib.sha256(source.file.read_bytes()).hexdigest(),
         "step": state.step,
+        "epoch": state.epoch,
         "model": source.name,
         "of": wanted.what,
         "precision": precision,
         "batch_size": batch_size,
         "device": str(device),
-        "device_name": machine.name_of(device),
+        "device_name": device_name,
         "threads": threads,
         "torch_version": torch.__version__,
         "git_commit": git_commit(),
         "made_at": utc_now(),
     }
-    text = scores.predictions_text(found, given.format == "study", wanted.files)
-    written = scores.write(given.out, text, beside(given.out), scored, names, provenance)
-    say(f"written: {', '.join(map(str, written))}")
+    texts = [scores.predictions_text(found, given.format == "study", wanted.files)]
+    texts += scores.texts_of(scored, names, provenance) if scored else ()
+    write(given.out, texts)
+
+
+def write(out: Path, texts: Sequence[str]) -> None:
+    """Write the predictions and, where there are any, the scores; without them what an earlier run left
+    there goes, for it is of other predictions."""
+    paths = (out, *beside(out))
+    earlier = [path for path in paths[len(texts) :] if path.exists()]
+    for path in earlier:
+        path.unlink()
+    for path, text in zip(paths, texts, strict=False):
+        write_whole(path, text.encode("utf-8", "surrogateescape"))  # a picture's name may be no UTF-8
+    say(f"written: {', '.join(map(str, paths[: len(texts)]))}")
+    if earlier:
+        say(f"removed: {', '.join(map(str, earlier))}, of earlier predictions")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 A CSV has no header; a row is an image of C·H·W values, channel by channel, row by row (CHW), as the third
 study's. Values are integers from 0 to 255 or fractions from 0 to 1, one kind a file: the first value of the
-file that is neither 0 nor 1 decides, fractions where it is between them.
+file that is neither 0 nor 1 decides, fractions where it is between them. Where somebody says the scale, they
+are any numbers from 0 to it.
 """
 
 import itertools
@@ -10,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -20,8 +22,10 @@ from normbench.values import Refused
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder's
 BY_NAME = ("cifar10", "cifar100", "imagenette", "imagenet")  # whose labels follow the classes' names in order
-SCALES = {"255": "an integer from 0 to 255", "1": "a number from 0 to 1"}
-SHOWN = 24  # characters of a value that a message repeats
+SCALES = ("255", "1")
+UNDECIDED = 2**24  # zeros and ones that are kept until a value says the scale
+LONGEST = 64  # characters of a value
+SHOWN = 24  # of those that a message repeats
 
 Values = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
@@ -76,9 +80,12 @@ class Table:
                     yield (early * 255 if scale == "1" else early).reshape(-1, *self.shape), known
                 waiting.clear()
             before += len(values)
+            if waiting and before * self.width > UNDECIDED:
+                break
         if waiting:
             raise Refused(
-                f"{self.path} holds zeros and ones alone; say which is the brightest: --scale 1 or 255"
+                f"{self.path} holds zeros and ones alone up to row {before}; say which is the brightest: "
+                "--scale 1 or 255"
             )
 
     def read(self, rows: int) -> Iterator[Chunk]:
@@ -103,8 +110,10 @@ class Table:
 
     def lines(self, file: TextIO) -> Iterator[str]:
         """The rows; blank lines may only end the file."""
-        blank = None
-        for number, line in enumerate(file, 1):
+        blank, longest = None, LONGEST * self.width
+        for number, line in enumerate(iter(partial(file.readline, longest), ""), 1):
+            if len(line) == longest:
+                raise Refused(f"{self.path}: row {number} is longer than {self.width} values are")
             if not line.strip():
                 blank = blank or number
             elif blank:
@@ -128,8 +137,7 @@ class Table:
             cells = line.strip().split(",")
             for column, cell in enumerate(cells, 1):
                 if not is_number(cell):
-                    cure = "; a header has no place here" if (number, column) == (1, 1) else ""
-                    cure = "; commas separate values" if re.search(r"\d[;\t ]+\d", cell) else cure
+                    cure = why_no_number(cell, number == 1, column == len(cells))
                     return f"{self.path}: row {number}, column {column}: {clipped(cell)} is no number{cure}"
             if len(cells) != self.width:
                 what = "×".join(map(str, self.shape)) + ("" if self.label_column is None else " and a label")
@@ -154,18 +162,21 @@ class Table:
 
     def check(self, values: Values, scale: str, before: int) -> None:
         """Every value of its kind and in range; NaN is in none."""
-        good = (values >= 0) & (values <= float(scale))
-        if scale == "255":
-            good &= values == np.floor(values)
+        good, kind = (values >= 0) & (values <= float(scale)), "a number"
+        if scale == "255" and self.scale is None:
+            good, kind = good & (values == np.floor(values)), "an integer"
         if good.all():
             return
         row, place = map(int, np.unravel_index(good.argmin(), good.shape))
         column = place + 1 + (self.label_at is not None and self.label_at <= place)
-        value, other = values[row, place], "1" if scale == "255" else "255"
-        decided = f" (the file's first value that is neither 0 nor 1 decides; --scale {other} overrules it)"
-        why = decided if self.scale is None and 0 <= value <= float(other) else ""
+        value, cure = values[row, place], ""
+        if value < 0:
+            cure = "; give the values from before their normalisation"
+        elif self.scale is None and value <= 255:
+            cure = ", as the file's first value that is neither 0 nor 1; --scale 255 or 1 overrules that one"
         raise Refused(
-            f"{self.path}: row {before + row + 1}, column {column}: {value:g} is not {SCALES[scale]}{why}"
+            f"{self.path}: row {before + row + 1}, column {column}: {value:g} is not {kind} from 0 to "
+            f"{scale}{cure}"
         )
 
 
@@ -176,6 +187,17 @@ def is_number(cell: str) -> bool:
     except ValueError:
         return False
     return cell.isascii() and "_" not in cell
+
+
+def why_no_number(cell: str, first_row: bool, last_column: bool) -> str:
+    """What to do about it, where that can be seen."""
+    if is_number(cell.strip().strip("\"'")):
+        return "; numbers take no quotes"
+    if re.search(r"\d[;\t ]+\d", cell):
+        return "; commas separate values"
+    if first_row and re.search(r"[^\W\d]", cell):
+        return "; a header has no place here"
+    return "; a row ends without a comma" if last_column and not cell.strip() else ""
 
 
 def clipped(text: str) -> str:
@@ -221,15 +243,17 @@ class Folder:
 
 
 def list_folder(root: Path, dataset: str, num_classes: int) -> Folder:
-    """The pictures of a flat folder in name order, or of one folder a class, as torchvision's ImageFolder.
+    """One picture, those of a flat folder in name order, or of one folder a class as in ImageFolder.
 
     Class folders named by numbers are the labels themselves; other names are labels in their order, which
     takes all classes and a `dataset` whose own labels are in that order.
     """
+    if not root.is_dir():
+        return Folder(root.parent, [root.name], None, ())
     with os.scandir(root) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     inside = {name: sorted(pictures(root, name)) for name in names}
-    flat = sorted(file for file in os.listdir(root) if is_picture(file) and (root / file).is_file())
+    flat = sorted(file for file in os.listdir(root) if is_picture(file) and not (root / file).is_dir())
     if flat and any(inside.values()):
         within = next(name for name, files in inside.items() if files)
         raise Refused(f"{root} holds pictures ({flat[0]}) beside folders of them ({within}); give one kind")
@@ -267,9 +291,20 @@ def label_of(root: Path, names: Sequence[str], dataset: str, num_classes: int) -
 
 
 def pictures(root: Path, name: str) -> Iterator[str]:
-    """The pictures below one class folder, relative to `root`."""
-    for where, _, files in os.walk(root / name, followlinks=True):
+    """The pictures below one class folder, relative to `root`; none twice where links lead in circles."""
+    seen: set[str] = set()
+    for where, inner, files in os.walk(root / name, followlinks=True):
+        if (real := os.path.realpath(where)) in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        inner[:] = [folder for folder in inner if not folder.startswith(".")]
         yield from (os.path.relpath(os.path.join(where, file), root) for file in files if is_picture(file))
+
+
+def holds_pictures(path: Path) -> bool:
+    """A folder, or one picture."""
+    return path.is_dir() or is_picture(path.name)
 
 
 def is_picture(name: str) -> bool:

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +17,10 @@ from rich.text import Text
 from torch import nn
 from torch.nn import functional
 
-from normbench.figures import save_svg
 from normbench.norms.base import widen
-from normbench.plan import write_whole
 from normbench.predict.batches import Batches
-from normbench.predict.figures import confusion_figure
 from normbench.results import Row, finite
 from normbench.training import AUTOCAST
-from normbench.values import Refused
 
 Ints = npt.NDArray[np.int64]
 PRINTED = 20  # classes up to which the whole confusion matrix is printed
@@ -43,35 +38,40 @@ class Predictions:
     loss: float | None
 
 
+class NotFinite(ArithmeticError):
+    """Logits that say nothing; its text names the first image, from 1."""
+
+
 @torch.no_grad()
 def predict(
     model: nn.Module, batches: Batches, device: torch.device, precision: str, top: int
 ) -> Predictions:
     """What a model in evaluation mode says of every batch; of equal logits the first class wins.
 
-    Raises: Refused — logits that are not finite.
+    A terminal shows how many images are done.
+
+    Raises: NotFinite — logits that are not.
     """
     dtype = AUTOCAST.get(precision)
     classes, probabilities, truth, losses = [], [], [], []
     seen = 0
-    for x, y in batches:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            logits = model(x)
-        logits = widen(logits)
-        good = logits.isfinite().all(1)
-        if not good.all():
-            first = seen + int(good.logical_not().nonzero()[0, 0]) + 1
-            cure = "" if precision == "fp32" else "; try --precision fp32"
-            raise Refused(
-                f"image {first}: the model's logits are not finite, as after a session that diverged{cure}"
-            )
-        order = logits.sort(stable=True, dim=1, descending=True).indices[:, :top]
-        classes.append(order.cpu())
-        probabilities.append(logits.double().softmax(1).gather(1, order).cpu())
-        if y is not None:
-            losses.append(functional.cross_entropy(logits, y.to(device), reduction="sum").double().cpu())
-            truth.append(y.cpu())
-        seen += len(x)
+    with Console(stderr=True).status("reading") as status:
+        for x, y in batches:
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                logits = model(x)
+            logits = widen(logits)
+            good = logits.isfinite().all(1)
+            if not good.all():
+                first = seen + int(good.logical_not().nonzero()[0, 0]) + 1
+                raise NotFinite(f"the logits of image {first} are not finite")
+            order = logits.sort(stable=True, dim=1, descending=True).indices[:, :top]
+            classes.append(order.cpu())
+            probabilities.append(logits.double().softmax(1).gather(1, order).cpu())
+            if y is not None:
+                losses.append(functional.cross_entropy(logits, y.to(device), reduction="sum").double().cpu())
+                truth.append(y.cpu())
+            seen += len(x)
+            status.update(f"{seen:,} images")
     labels = torch.cat(truth).numpy() if truth else None
     loss = float(torch.stack(losses).sum()) / seen if losses else None
     return Predictions(torch.cat(classes).numpy(), torch.cat(probabilities).numpy(), labels, loss)
@@ -164,6 +164,16 @@ def metrics_text(scores: Scores, provenance: dict[str, Any]) -> str:
     return json.dumps(finite(body), indent=1, ensure_ascii=False)
 
 
+def texts_of(scores: Scores, names: Sequence[str], provenance: dict[str, Any]) -> list[str]:
+    """The scores' files: JSON, CSV, SVG."""
+    from normbench.figures import svg_of  # with matplotlib, needed where labels are known
+    from normbench.predict.figures import confusion_figure
+
+    title = f"{scores.images:,} images, accuracy {scores.acc:.4f}"
+    figure = svg_of(confusion_figure(scores.confusion, names, title), "confusion")
+    return [metrics_text(scores, provenance), confusion_text(scores, names), figure]
+
+
 def headline(scores: Scores) -> str:
     """`accuracy 0.9944 (se 0.0039, 360 images), micro-F1 0.9944, macro-F1 0.9942, loss 0.0231`."""
     top = f", top-{scores.top} {scores.top_acc:.4f}" if scores.top > 1 else ""
@@ -173,13 +183,15 @@ def headline(scores: Scores) -> str:
     )
 
 
-def against_row(scores: Scores, row: Row) -> str:
+def against_row(scores: Scores, row: Row, device_name: str) -> str:
     """Whether the session's row says the same of its test set."""
     said = {"test_acc": row.get("test_acc"), "test_macro_f1": row.get("test_macro_f1")}
     if said == {"test_acc": scores.acc, "test_macro_f1": scores.macro_f1}:
         return "equal to the session's row: test_acc and test_macro_f1"
     shown = ", ".join(f"{name} {value}" for name, value in said.items())
-    return f"NOT equal to the session's row, which says {shown}"
+    there = row.get("device_name")
+    elsewhere = f", on {there} and not {device_name}" if there != device_name else ""
+    return f"NOT equal to the session's row, which says {shown}{elsewhere}"
 
 
 def show_confusion(scores: Scores, names: Sequence[str]) -> None:
@@ -200,27 +212,3 @@ def show_confusion(scores: Scores, names: Sequence[str]) -> None:
     for name, counts in zip(names, scores.confusion.tolist(), strict=True):
         table.add_row(Text(name), *(f"{n:,}" if n else "·" for n in counts))
     console.print(table)
-
-
-def write(
-    out: Path,
-    text: str,
-    beside: tuple[Path, Path, Path],
-    scores: Scores | None,
-    names: Sequence[str],
-    provenance: dict[str, Any],
-) -> list[Path]:
-    """Write the predictions, and the scores into the files `beside` them; without labels what an earlier
-    run left there goes, for it is of other predictions."""
-    # a picture's name may be bytes that are no UTF-8
-    write_whole(out, text.encode("utf-8", "surrogateescape"))
-    if scores is None:
-        for path in beside:
-            path.unlink(missing_ok=True)
-        return [out]
-    metrics, matrix, figure = beside
-    title = f"{scores.images:,} images, accuracy {scores.acc:.4f}"
-    write_whole(metrics, metrics_text(scores, provenance).encode("utf-8", "surrogateescape"))
-    write_whole(matrix, confusion_text(scores, names))
-    save_svg(confusion_figure(scores.confusion, names, title), figure)
-    return [out, *beside]

@@ -4,11 +4,10 @@ A file of weights alone says nothing of its model: `config.yaml` beside it does.
 running what they hold, and a model is never used with a tensor that did not come from the file.
 """
 
-import pickle
+import itertools
 import pkgutil
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,25 +19,27 @@ from normbench import checkpoint
 from normbench.config import Config
 from normbench.data.options import DatasetOptions
 from normbench.plan import hash_of_text, read_json
-from normbench.results import Row, session_folders
+from normbench.results import Row
 from normbench.rules import RULES
-from normbench.values import Refused, positive_int
+from normbench.values import Refused, flag, positive_int
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 MODEL, CONFIG, SESSION = "model.pt", "config.yaml", "session.json"
+OF_SESSION = (MODEL, CONFIG, SESSION, "epochs.csv", checkpoint.NEWEST, checkpoint.BEFORE)
 OURS = ("normbench.models.", "normbench.norms.")
 LIBRARIES = ("normbench", "torch", "torchvision")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file of weights, the configuration they were trained with, and the row of a finished session where
-    the file holds what the row reports."""
+    """A file of weights, the configuration they were trained with and where it stands, and the row of a
+    finished session where the file holds what the row reports."""
 
     file: Path
     config: Config
+    config_file: Path
     row: Row | None
 
     @property
@@ -54,12 +55,14 @@ class State:
 
     Args:
         complete: whether buffers that a state_dict leaves out are among them.
-        step: after which they were taken; None for those that a session reports, and where nobody knows.
+        step, epoch: after which and in which they were taken; None for those that a session reports, and
+            where nobody knows.
     """
 
     tensors: Mapping[str, "Tensor"]
-    complete: bool
-    step: int | None
+    complete: bool = False
+    step: int | None = None
+    epoch: int | None = None
 
 
 def find(given: Path, config: Path | None) -> Source:
@@ -72,7 +75,7 @@ def find(given: Path, config: Path | None) -> Source:
         raise Refused(missing_config(given, path, config is not None))
     read, row = config_of(path), row_of(folder)
     file = of_session(folder, row) if given.is_dir() else given
-    return Source(file, read, row if file.name == MODEL and config is None else None)
+    return Source(file, read, path, row if file.name == MODEL and config is None else None)
 
 
 def missing_config(given: Path, path: Path, asked: bool) -> str:
@@ -81,11 +84,10 @@ def missing_config(given: Path, path: Path, asked: bool) -> str:
         return f"--config {path}: no such file; give the config.yaml of the session that wrote the weights"
     if given.is_file():
         return f"{given}: no {CONFIG} beside it; give the session's own by --config"
-    within = next(
-        (f for f in [*session_folders(given), *session_folders(given.parent)] if (f / CONFIG).is_file()), None
-    )
-    hint = f"; one is {within}" if within else " with config.yaml and model.pt in it"
-    return f"{given} is no session's folder{hint}"
+    deeper = ("*s[0-9]*", "*/*s[0-9]*", "*/*/*s[0-9]*")  # of a setting, a study, all studies
+    within = next(itertools.chain(*(given.glob(f"{folders}/{CONFIG}") for folders in deeper)), None)
+    hint = f"one is {within.parent}" if within else f"such a folder holds {CONFIG} and {MODEL}"
+    return f"{given} is no session's folder; {hint}"
 
 
 def config_of(path: Path) -> Config:
@@ -101,6 +103,8 @@ def config_of(path: Path) -> Config:
             RULES[key](key, values[key])
         DatasetOptions.from_mapping(config.dataset)
         positive_int("batch.eval_size", config.batch["eval_size"])
+        for key in ("channels_last", "deterministic"):
+            flag(key, values[key])
         for part, group in ((config.norm, "norm"), (config.model, "model")):
             if not isinstance(part["_target_"], str) or not choices[group]:
                 raise TypeError(f"{group} names no class")
@@ -151,44 +155,61 @@ def read_state(source: Source) -> State:
     if not head:
         raise Refused(f"{source.file} is empty")
     if head != checkpoint.FORMAT:
-        return State(state_dict_in(source.file), complete=False, step=None)
+        zipped = head.startswith(b"PK\x03\x04")  # as torch's files since 1.6
+        return State(tensors_of(state_dict_in(source.file, zipped), source.file))
     try:
         body = checkpoint.read(source.file)
-        return State(dict(body["model"]), complete=True, step=int(body["step"]))
-    except (checkpoint.Damaged, pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
-        raise Refused(f"{source.file}: {first_line(error)}") from error
+        tensors, step, epoch = body["model"], int(body["step"]), int(body["epoch"])
+    except checkpoint.Damaged as error:
+        raise Refused(f"{source.file}: {error}") from error
+    except Exception as error:  # whatever another's bytes under our head lead to
+        raise Refused(f"{source.file} is no session's checkpoint, and is not read further") from error
+    return State(tensors_of(tensors, source.file), True, step, epoch)
 
 
-def state_dict_in(path: Path) -> dict[str, "Tensor"]:
+def state_dict_in(path: Path, zipped: bool) -> Any:
     """What `torch.save(model.state_dict(), path)` wrote."""
     import torch
 
-    whole = zipfile.is_zipfile(path)
-    if whole and (part := damaged_part(path)):
-        raise Refused(f"{path} is damaged: the checksum of {part} does not fit")
+    if zipped and (part := damaged_part(path)):
+        raise Refused(f"{path} is damaged: {part} is not as torch wrote it")
     try:
         with warnings.catch_warnings():  # of pickles that are none of torch's
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever reading foreign bytes leads to
-        why = "it holds more than tensors, and is not read further" if whole else "it is cut off, or foreign"
+        why = (
+            "it holds more than tensors, and is not read further"
+            if zipped
+            else "it is cut off, or foreign; give a session's model.pt"
+        )
         raise Refused(f"{path} is no state_dict: {why}") from error
+
+
+def damaged_part(path: Path) -> str | None:
+    """The first part of torch's zip file that is damaged; torch itself does not look at checksums, and reads
+    nothing of a part whose attributes make it a folder."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            marked = (part.filename for part in file.infolist() if part.external_attr)
+            return file.testzip() or next(marked, None)
+    except Exception:  # whatever reading a damaged directory leads to
+        return "its directory"
+
+
+def tensors_of(content: Any, path: Path) -> Mapping[str, "Tensor"]:
+    """Named tensors with numbers in them; Refused where it is anything else."""
+    import torch
+
     if not isinstance(content, dict) or not content:
         what = "nothing" if content == {} else type(content).__name__
         raise Refused(f"{path} is no state_dict: it holds {what} instead of named tensors")
     for name, value in content.items():
         if not isinstance(value, torch.Tensor):
             raise Refused(f"{path} is no state_dict: {name!r} is {type(value).__name__}, not a tensor")
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            raise Refused(f"{path}: {name!r} is a sparse, quantized or empty tensor; save plain ones")
     return content
-
-
-def damaged_part(path: Path) -> str | None:
-    """The first part of torch's zip file whose checksum does not fit; torch itself does not look."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            return file.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError):
-        return "its directory"
 
 
 def model_of(source: Source, state: State) -> "nn.Module":
@@ -200,11 +221,11 @@ def model_of(source: Source, state: State) -> "nn.Module":
 
     from normbench.building import build, state_of
 
-    check_targets(source.config)
+    check_targets(source)
     try:
         model = build(source.config)
     except Exception as error:
-        raise Refused(f"{source.name}: the model cannot be built ({first_line(error)})") from error
+        raise Refused(f"{source.config_file}: the model cannot be built ({first_line(error)})") from error
     there = dict(state_of(model)) if state.complete else dict(model.state_dict())
     blame = f"{source.file} does not fit model={source.config.choices['model']} {norm_words(source.config)}"
     for name, tensor in there.items():
@@ -251,8 +272,9 @@ def beside_the_file(model: "nn.Module", known: set[str]) -> Iterator[tuple[str, 
                 yield prefix + name, "is a plain attribute"
 
 
-def check_targets(config: Config) -> None:
-    """Let a configuration name nothing to be called but our classes, and modules that one can import.
+def check_targets(source: Source) -> None:
+    """Let a configuration name nothing to be called but modules that one can import, and interpolate nothing,
+    for what it writes is resolved and a resolver could make another name.
 
     A session's folder may come from anywhere; training takes any callable, from one's own command line.
     """
@@ -260,19 +282,22 @@ def check_targets(config: Config) -> None:
 
     from normbench.building import targets
 
-    for values in (config.model, config.norm):
+    for values in (source.config.model, source.config.norm):
+        if "${" in str(values):
+            raise Refused(f"{source.config_file} holds an interpolation (${{…}}); a session's own holds none")
         for target in targets(values):
-            if target.startswith(OURS):
-                continue
             try:
                 found: Any = pkgutil.resolve_name(target)
             except Exception as error:
                 raise Refused(
-                    f"{target}, which the session was trained with, cannot be imported "
-                    f"({first_line(error)}); start where `import {target.partition('.')[0]}` works"
+                    f"{source.config_file}: {target} cannot be imported ({first_line(error)}); start where "
+                    f"`import {target.partition('.')[0]}` works"
                 ) from error
             if not (isinstance(found, type) and issubclass(found, nn.Module)):
-                raise Refused(f"{target} is no torch.nn.Module; predict runs nothing else that a file names")
+                raise Refused(
+                    f"{source.config_file}: {target} is no torch.nn.Module; predict runs nothing else that a "
+                    "file names"
+                )
 
 
 def first_line(error: BaseException) -> str:
