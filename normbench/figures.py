@@ -243,8 +243,9 @@ def lay_out(figure: Figure) -> None:
         return
     words, boxes = words_of(figure), figure.legends
     title, caption = ([words[name]] if name in words else [] for name in ("title", "caption"))
+    # inches
     tall = {part: part.get_window_extent().height / figure.dpi for part in (*title, *boxes, *caption)}
-    over = sum(tall[part] for part in (*title, *boxes)) + EDGE * (len(title) + len(boxes))
+    over = sum(tall[part] for part in (*title, *boxes)) + EDGE * (1.4 * len(title) + 1.7 * len(boxes))
     under = sum(tall[part] + EDGE for part in caption)
     height = figure.get_figheight() + over + under
     figure.set_figheight(height)

@@ -155,7 +155,7 @@ def missing(body: Body) -> Iterator[str]:
 def caveat(body: Body) -> str:
     """A sentence where a profile is no whole measurement."""
     if body["quick"]:
-        return "A quick run: nothing about speed."
+        return "A quick run: it says nothing about speed."
     return "" if body["complete"] else "Interrupted: what was measured by then."
 
 
