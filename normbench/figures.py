@@ -130,15 +130,25 @@ def grid(titles: Sequence[str], width: float, height: float = 1.75,
         axes.tick_params(labelsize=8)
         axes.locator_params(axis="x", nbins=4)
         axes.locator_params(axis="y", nbins=5)
+        axes.yaxis.set_major_formatter(
+            lambda value, _: short(value)
+        )  # a common factor would lie on the title
         if i >= n - columns:
             axes.tick_params(labelbottom=True)
         head(axes, wrapped(titles[i], int(11 * width / columns)))
     return figure, list(spots[:n])
 
 
+def short(value: float) -> str:
+    """`0.25`, `2e−6`."""
+    return f"{value:.6g}".replace("e-0", "e-").replace("e+", "e").replace("e0", "e").replace("-", "−")
+
+
 def below(axes: Sequence[Axes], words: str) -> None:
-    """Name the x axis of the lowest panels."""
+    """Name the x axis of the lowest panels; steps and epochs are whole."""
     columns = len({round(a.get_position().x0, 3) for a in axes})
+    if words in ("step", "epoch", "epochs"):
+        axes[0].locator_params(axis="x", integer=True)
     for a in axes[-columns:]:
         a.set_xlabel(words, fontsize=8.5)
 

@@ -339,9 +339,9 @@ def draw_order(axes: Axes, arm: Arm, metric: Metric, order: Floats, color: str, 
     column = arm.rows[metric.name].to_numpy(float)
     known = ~np.isnan(column)
     x, y = order[known], column[known]
-    name = wrapped(arm.label, 60)
+    longest = 48 if is_narrow(axes) else 96
     if not y.size:
-        head(axes, f"{name}: no value", color=color)
+        head(axes, wrapped(f"{arm.label}: no value", longest), color=color)
         axes.set_yticks([])
         return
     kept = evenly(y.size)
@@ -350,7 +350,7 @@ def draw_order(axes: Axes, arm: Arm, metric: Metric, order: Floats, color: str, 
               markersize=4 if y.size <= 100 else 2, label=arm.label)  # fmt: skip
     r = float(lag1(y))
     words = "no autocorrelation can be told" if math.isnan(r) else f"lag-1 autocorrelation {r:.2f}"
-    head(axes, f"{name}: {words}", color=color)
+    head(axes, wrapped(f"{arm.label}: {words}", longest), color=color)
     if span > 0:
         middle = float(y.max() + y.min()) / 2
         axes.set_ylim(middle - 0.6 * span, middle + 0.6 * span)
