@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 from studies import make_study, values_of, warn, write_profile, write_traces
 
-from normbench.figures import BAND, CYCLE, FAINT, INK, SOFT, Sketch
+from normbench.figures import BAND, CYCLE, FAINT, INK, SOFT, Sketch, words_of
 from normbench.plan import write_json
 from normbench.profile import record
 from normbench.report import __main__ as door
-from normbench.report import drawing
+from normbench.report import curves, drawing
 from normbench.report.evidence import differences_of
 from normbench.report.layers import profile_of, step_table
 from normbench.report.markdown import plain, with_code
@@ -35,6 +35,7 @@ class Page(HTMLParser):
         self.figures: list[str | None] = []
         self.addresses: list[str] = []
         self.scripts = 0
+        self.ids: list[str] = []
         self.open: list[str] = []
         self.said: list[str] = []
         self.feed(text)
@@ -43,6 +44,7 @@ class Page(HTMLParser):
         named = dict(attrs)
         self.open.append(tag)
         self.scripts += tag == "script"
+        self.ids += [str(named["id"])] if "id" in named else []
         if tag == "svg":
             self.figures.append(named.get("aria-label"))
         self.addresses += [v for k, v in attrs if k in ("src", "href", "xlink:href", "action") and v]
@@ -130,7 +132,34 @@ def test_the_page_says_what_stats_found(report: Runner, monkeypatch: pytest.Monk
     forest = next(alt for alt in page.figures if alt and alt.startswith("test_acc against obn"))
     assert all(f"{row.treatment} " in forest and row.verdict in forest for row in table[:2].itertuples())
     assert all(address.startswith(("#", "data:")) for address in page.addresses)
+    assert len(page.ids) == len(set(page.ids))
     assert "data-reload" not in (study / "report.html").read_text() and page.scripts == 1
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_finding_tells_what_it_is_worth(report: Runner) -> None:
+    study = make_study(Path("outputs"), ARMS, 4)
+    for file in study.glob("nn-*/s[0-2]/session.json"):
+        body = json.loads(file.read_text())
+        write_json(file, body | {"row": body["row"] | {"status": "diverged"}})
+    warn(next(study.glob("mbn-*/s0")), "never moved: layer1.gate")
+    _, finding, warned, *_ = report(study, "--format", "md").split("\n\n")
+    assert "3 of 4 diverged)" in finding and "time per epoch" in finding and finding.count("diverged") == 1
+    assert "not comparable (too few sessions): " in finding
+    assert warned == "The manifests of mbn-stride2 hold warnings: read them below."
+
+
+def test_losses_have_numbers_at_their_axis_and_missing_arms_are_named() -> None:
+    rows = pd.DataFrame({"epoch": [1, 2], "session": "s0", "train_loss": [2.4, 1.9]})
+    lost = rows.assign(train_loss=float("nan"))
+    for scale, low in (("linear", 1.9), ("log", 0.1)):
+        one = rows.assign(train_loss=[2.4, low])
+        figure = curves.curves_figure({"obn": one, "nn": lost}, "train_loss", "", 8.0)
+        assert figure is not None and figure.axes[0].get_yscale() == scale
+        figure.canvas.draw()
+        ends = figure.axes[0].get_ylim()
+        assert sum(ends[0] <= y <= ends[1] for y in figure.axes[0].get_yticks()) >= 2
+        assert "No finite value: nn." in str(words_of(figure)["caption"].get_label())
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -138,7 +167,7 @@ def test_the_finding_names_every_arm_under_its_verdict(report: Runner) -> None:
     study = make_study(Path("outputs"), ARMS, 12)
     text = report(study, "--margin", "test_acc=0.01", "--format", "md")
     _, finding, *_ = text.split("\n\n")
-    assert finding.startswith("test accuracy against obn: different: nn (−0.0")
+    assert finding.startswith("Test accuracy against obn: different: nn (−0.0")
     assert "equivalent within ±0.01: mbn-stride2; time per epoch against obn: different: " in finding
 
 
@@ -195,7 +224,8 @@ def test_hostile_names_stay_text(report: Runner, monkeypatch: pytest.MonkeyPatch
 
 def test_markdown_shows_what_is_said() -> None:
     assert plain("a|b *c* `d`\n<e> &amp; $f$") == r"a\|b \*c\* \`d\` &lt;e> &amp;amp; \$f\$"
-    assert with_code("see `a_b`, not a_b") == r"see `a_b`, not a\_b"
+    assert with_code("see `a_b`, not\n\na_b") == r"see `a_b`, not a\_b"
+    assert with_code("```<b>`") == "`<b>`"  # an empty piece of code would open one that never ends
 
 
 def test_a_label_that_looks_like_a_colour_stays(tmp_path: Path) -> None:
@@ -250,10 +280,12 @@ def test_what_cannot_be_read_beside_the_results_is_a_notice(report: Runner) -> N
     (session / "traces" / "features.csv").write_text("epoch,layer\n1,x\n")
     (next(study.glob("nn-*/s1")) / "epochs.csv").write_text("epoch,train_loss\n1,many\n")
     write_json(study / "profile" / "one" / "profile.json", {"format": 0})
+    damaged = next(study.glob("mbn-*/s2")) / "session.json"
+    write_json(damaged, json.loads(damaged.read_text()) | {"manifest": {"norm_layers": ["x"], "notes": 3}})
     words = Page(report(study)).words
     assert "features.csv cannot be read: no column 'step'" in words
     assert "profile.json is no result of this version's profile" in words
-    assert "epochs.csv cannot be read" in words
+    assert "epochs.csv cannot be read" in words and "s2/session.json has a damaged manifest; remove" in words
     # a row that is being written is left for the next look
     with (next(study.glob("nn-*/s0")) / "epochs.csv").open("a") as file:
         file.write("9,10")
@@ -263,6 +295,7 @@ def test_what_cannot_be_read_beside_the_results_is_a_notice(report: Runner) -> N
 def test_mistakes_cost_one_line(refused: Callable[..., str]) -> None:
     study = make_study(Path("outputs"), ARMS, 3)
     assert "no sessions under nowhere" in refused("nowhere")
+    assert "is a file; give a folder" in refused(study, "--out", next(study.glob("plan-*.json")))
     assert "is a file; give a study's folder" in refused(next(study.glob("plan-*.json")))
     assert "--profile=nowhere: no such file; give the folder of" in refused(study, "--profile", "nowhere")
     assert "baseline 'xyz': no such arm" in refused(study, "--baseline", "xyz")

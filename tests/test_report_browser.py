@@ -115,6 +115,30 @@ def test_tables_sort_by_pointer_and_keyboard(browser: Browser, full: Path) -> No
 
 
 @pytest.mark.slow
+def test_every_kind_of_cell_has_its_place(browser: Browser, full: Path) -> None:
+    page, _ = opened(browser, full)
+    sorted_ = """(cells) => {
+      const table = document.querySelector("#comparison table"), body = table.tBodies[0];
+      const row = body.rows[0].cloneNode(true);
+      body.replaceChildren(...cells.map((text) => {
+        const made = row.cloneNode(true);
+        made.cells[1].textContent = text;
+        return made;
+      }));
+      table.tHead.rows[0].cells[1].removeAttribute("aria-sort");
+      table.tHead.rows[0].cells[1].querySelector("button").click();
+      return [...body.rows].map((row) => row.cells[1].textContent);
+    }"""
+    for order in (["−0.2", "-0.01", "<1e-6", "1e-06", "+0.3", "12", "1,234", "not comparable", ""],
+                  ["-0.2 to +0.9", "-0.1 to +0.1", "+0.0 to +0.1"],
+                  ["45 s", "12 min", "3 h 20 min", "2 d 4 h", "?"],
+                  ["2026-11-09T10:00:00Z", "2026-11-21T09:00:00Z"], ["4x8x8", "4x16x8"],
+                  ["2x-arm", "10x-arm", "gn", "obn"]):  # fmt: skip
+        assert page.evaluate(sorted_, order[::-1]) == order
+    page.close()
+
+
+@pytest.mark.slow
 def test_dark_light_and_print(browser: Browser, full: Path) -> None:
     seen = {}
     for scheme in ("light", "dark"):
@@ -149,7 +173,7 @@ def test_only_a_watched_page_loads_itself_anew(browser: Browser, full: Path) -> 
     file.write_text(text.replace('<html lang="en">', '<html lang="en" data-reload="0.2">'))
     page, wrongs = opened(browser, file)
     file.write_text(text.replace("Is it so?", "It is so."))
-    page.wait_for_function("document.querySelector('h1').textContent === 'It is so.'", timeout=20_000)
+    page.locator("h1", has_text="It is so.").wait_for(timeout=20_000)  # the page allows no eval
     page.evaluate("window.kept = true")
     page.wait_for_timeout(600)
     assert page.evaluate("window.kept") and wrongs == []

@@ -22,6 +22,7 @@ from normbench.stats.figures import (
     draw,
     order_figure,
     reached_figure,
+    scale_of,
     sessions_figure,
 )
 from normbench.stats.inputs import choose_metrics, read
@@ -125,6 +126,19 @@ def test_the_forest_holds_differences_intervals_and_the_margin(tmp_path: Path) -
     assert "difference in test_acc (fraction)" in said
     markers = {c.verdict: line.get_marker() for c, line in zip(rows, points(figure), strict=True)}
     assert len(set(markers.values())) == len(markers) == 2
+
+
+def test_a_row_far_off_is_an_arrow_and_the_others_stay_readable(tmp_path: Path) -> None:
+    analysis = analysed(tmp_path, rows_of({"obn": 0.0, "mbn": 0.01, "gn": -0.01, "nn": -0.7}), [ACC])
+    rows = analysis.of(analysis.groups[0], ACC)
+    figure = shown(differences_figure(analysis, analysis.groups[0], ACC))
+    low, high = figure.axes[0].get_xlim()
+    assert -0.1 < low < high < 0.1 and len(points(figure)) == 2
+    ((x, y),) = drawn(figure, "beyond")
+    assert rows[y[0]].treatment == "nn" and low < x[0] < low / 2
+    assert "Arrows: beyond the scale" in words(figure) and "-0.7" in words(figure)
+    near = analysed(tmp_path, rows_of({"obn": 0.0, "mbn": -0.2, "nn": -0.7}), [ACC])
+    assert scale_of(near.of(near.groups[0], ACC)) == (-math.inf, math.inf)
 
 
 def points(figure: Figure) -> list[Any]:

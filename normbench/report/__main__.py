@@ -62,6 +62,8 @@ def check(given: argparse.Namespace) -> None:
     check_choices(given)
     if given.study.is_file():
         raise Refused(f"{given.study} is a file; give a study's folder like outputs/adhoc")
+    if given.out is not None and not given.out.is_dir() and given.out.exists():
+        raise Refused(f"--out={given.out} is a file; give a folder")
     look(given.study, given.all)
     if given.profile is not None:
         read_profile("--profile", str(given.profile))

@@ -5,13 +5,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from normbench.csv_files import read_together
 from normbench.figures import SOFT, Floats, banded, below, entitle, explain, grid, spoken
 from normbench.report.study import ArmFiles
+from normbench.stats.tables import some
 
 SHOWN = {"test_acc": "test accuracy (fraction)", "val_acc": "validation accuracy (fraction)",
          "train_loss": "training loss (nats)"}  # fmt: skip
+DECADE = 10.0  # a loss that falls by less is drawn on a linear scale
 QUANTILES = (0.0, 0.2, 0.5, 0.8, 1.0)
 Curves = Mapping[str, pd.DataFrame]
 
@@ -51,16 +54,22 @@ def curves_figure(curves: Curves, column: str, title: str, width: float) -> Figu
             axes.plot(x0, y0[:, 2], color=SOFT, linewidth=1, linestyle=(0, (3, 2)))
     if column.endswith("_loss"):
         lowest = min(float(y.min()) for _, y in shown.values())
-        if lowest > 0:
+        highest = max(float(y.max()) for _, y in shown.values())
+        if highest > DECADE * lowest > 0:
             panels[0].set_yscale("log")
+            steps = (1, 2, 5) if highest < DECADE**2 * lowest else (1,)
             for axes in panels:
+                axes.yaxis.set_major_locator(LogLocator(subs=steps))
+                axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
                 axes.minorticks_off()
     below(panels, "epoch")
     sizes = [curves[arm]["session"].nunique() for arm in shown]
     entitle(figure, f"{SHOWN[column]} over the epochs", spoken(sizes, "sessions an arm"), title)
+    nothing = [arm for arm, table in curves.items() if arm not in shown and len(table)]
     grey = f" Dashed: the median of {first}." if len(shown) > 1 else ""
     explain(figure, f"Line: median of the sessions; darker band: the middle 60 %; paler: all of them.{grey}",
-            "The scale is logarithmic." if panels[0].get_yscale() == "log" else "")  # fmt: skip
+            "The scale is logarithmic." if panels[0].get_yscale() == "log" else "",
+            f"No finite value: {some(nothing)}." if nothing else "")  # fmt: skip
     return figure
 
 

@@ -111,6 +111,8 @@ def in_page(text: str, figure: Figure, size: str, alt: str) -> str:
     body = re.sub(r'<g id="paper">.*?</g>', "", text[text.index(">", text.index("<svg")) + 1 :], flags=re.S)
     body = re.sub(r"<style[^>]*>.*?</style>", "", body, flags=re.S)
     body = in_tags(COLOUR, r"var(--c\1)", body)
+    meant = set(re.findall(r'(?:url\(#|href="#)([^")]+)', body))
+    body = in_tags(re.compile(rf' id="(?!(?:{"|".join(map(re.escape, meant))})")[^"]*"'), "", body)
     shown = f'viewBox="0 {top:g} {width:g} {bottom - top:g}" role="img" aria-label="{escape(alt)}"'
     head = f'<svg class="{size}" {shown}>'
     return head + re.sub(r"\n+", "\n", body)

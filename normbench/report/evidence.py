@@ -107,13 +107,31 @@ def whole(path: Path) -> Body:
     body = read_json(path)
     if not isinstance(body, dict):
         raise Refused(f"{path} is damaged; remove it to run the session again")
-    manifest = body.get("manifest")
+    manifest = mapping(body.get("manifest"))
+    if not is_manifest(manifest):
+        raise Refused(f"{path} has a damaged manifest; remove it to run the session again")
     return {
         "row": body.get("row") or {},
-        "config": body.get("config") or {},
-        "images": body.get("images") or {},
-        "manifest": manifest if isinstance(manifest, dict) else {},
+        "config": mapping(body.get("config")),
+        "images": mapping(body.get("images")),
+        "manifest": manifest,
     }
+
+
+def mapping(value: object) -> Body:
+    """A part of a file that is a mapping; nothing where it is none."""
+    return value if isinstance(value, dict) else {}
+
+
+def is_manifest(body: Body) -> bool:
+    """Whether a manifest has the parts that reports read, in their shapes; one cut short by hand has not."""
+    layers = body.get("norm_layers") or []
+    try:
+        operators(layers, "forward"), operators(layers, "backward")
+    except (AttributeError, TypeError, ValueError):
+        return False
+    lists = (body.get(name) or [] for name in ("norm_layers", "warnings", "notes"))
+    return all(isinstance(each, list) for each in lists)
 
 
 def warnings_of(arm: str, bodies: Sequence[tuple[str, Body]]) -> Iterator[Warned]:

@@ -48,6 +48,7 @@ class Finding:
 
     def __str__(self) -> str:
         text = "; ".join(map(str, self.clauses))
+        text = text[:1].upper() + text[1:]
         return f"{self.warning} {text}.".strip() if text else "No arm is compared with another."
 
 
@@ -71,8 +72,11 @@ def clause(group: Group, metric: Metric, rows: Sequence[Comparison], brief: bool
             names = [spoken(c, group, metric) for c in alike]
             more = [f"and {len(names) - MOST_ARMS} more"] if len(names) > MOST_ARMS else []
             counted = [f"{len(alike)} of {len(rows)} arms"]
-            said.append(Said(verdict, within(alike), counted if brief else [*names[:MOST_ARMS], *more]))
-    return Clause(f"{where}{what} against {group.baseline}:", said)
+            said.append(
+                Said(verdict, within(alike) or why(alike), counted if brief else [*names[:MOST_ARMS], *more])
+            )
+    lost = diverged(group, group.baseline, metric)
+    return Clause(f"{where}{what} against {group.baseline}{f' ({lost})' if lost else ''}:", said)
 
 
 def within(alike: Sequence[Comparison]) -> str:
@@ -81,13 +85,31 @@ def within(alike: Sequence[Comparison]) -> str:
     return f" within ±{' and ±'.join(f'{m:.3g}' for m in margins)}" if margins else ""
 
 
+def why(alike: Sequence[Comparison]) -> str:
+    """` (too few sessions)` where that is what keeps all of them from being compared."""
+    obstacles = {c.obstacle.partition(":")[0] for c in alike if c.verdict == NOT_COMPARABLE}
+    return f" ({obstacles.pop()})" if len(obstacles) == 1 and all(obstacles) else ""
+
+
+def diverged(group: Group, arm: str, metric: Metric) -> str:
+    """`3 of 10 diverged`: what accuracies and losses are worth then; nothing where none did."""
+    rows = group.arms[arm].rows
+    lost = int((rows["status"] == "diverged").sum()) if "status" in rows else 0
+    return f"{lost} of {len(rows)} diverged" if lost and not metric.is_time else ""
+
+
 def spoken(c: Comparison, group: Group, metric: Metric) -> str:
-    """`gn (+0.012)`, `mbn (identical)`, `nn` where no number is worth saying."""
+    """`gn (+0.012)`, `mbn (identical)`, `nn (3 of 10 diverged)`, `nn` where nothing is worth saying."""
     name = c.treatment if c.baseline == group.baseline else f"{c.treatment} against {c.baseline}"
+    details = [difference(c, metric), diverged(group, c.treatment, metric)]
+    return f"{name} ({', '.join(filter(None, details))})" if any(details) else name
+
+
+def difference(c: Comparison, metric: Metric) -> str:
+    """`+0.012`, `−0.3 s`, `identical`; nothing where no difference was found."""
     if c.identical:
-        return f"{name} (identical)"
+        return "identical"
     if c.verdict != DIFFERENT or not math.isfinite(c.diff):
-        return name
+        return ""
     unit = " s" if metric.name.endswith("_s") else " MiB" if metric.name.endswith("_mib") else ""
-    amount = f"{c.diff:+.2g}".replace("-", "−")
-    return f"{name} ({amount}{unit})"
+    return f"{c.diff:+.2g}".replace("-", "−") + unit

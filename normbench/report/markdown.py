@@ -19,10 +19,12 @@ def parts_of(report: Report, folder: Path) -> Iterator[str]:
     """Paragraphs, tables and figures in order."""
     yield f"# {plain(report.question or report.name)}"
     yield plain(str(report.finding) if report.finding else report.waiting)
+    if report.warned:
+        yield plain(report.warned)
     yield "; ".join(f"{plain(name)} {plain(value)}" for name, value in report.facts) + "."
     for section in report.sections:
         yield f"## {plain(section.title)}"
-        yield from map(plain, section.words)
+        yield from map(with_code, section.words)
         for block in section.blocks:
             if isinstance(block, Table):
                 yield from table(block)
@@ -40,8 +42,9 @@ def plain(text: str) -> str:
 
 def with_code(text: str) -> str:
     """The same, with what stands between backticks as code."""
-    pieces = text.split("`")
-    return "".join(f"`{piece}`" if i % 2 else plain(piece) for i, piece in enumerate(pieces))
+    pieces = re.sub(r"\s+", " ", text).split("`")
+    return "".join(plain(piece) if i % 2 == 0 else f"`{piece}`" if piece else ""
+                   for i, piece in enumerate(pieces))  # fmt: skip
 
 
 def figure(block: Drawing, folder: Path) -> Iterator[str]:

@@ -1,17 +1,24 @@
 "use strict";
-// A click on a column's name sorts its table: numbers as numbers, and what is empty comes last.
+// A click on a column's name sorts its table: numbers and durations by size, then words, then what is empty.
+const SECONDS = { d: 86400, h: 3600, min: 60, s: 1 };
+const valueOf = (said) => {
+  const plain = said.replace(/,(?=\d{3})/g, "").replace(/\u2212/g, "-");
+  if (/^(\d+(\.\d+)? (d|h|min|s) ?)+$/.test(plain))
+    return [...plain.matchAll(/([\d.]+) (\w+)/g)].reduce((sum, [, n, unit]) => sum + n * SECONDS[unit], 0);
+  const found = /^(<? ?)([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)(?: to .*)?$/i.exec(plain);  // of an interval its low end
+  return found ? Number(found[2]) * (found[1] ? 0.999 : 1) : NaN;
+};
 for (const button of document.querySelectorAll("th button")) {
   button.addEventListener("click", () => {
     const head = button.closest("th"), body = head.closest("table").tBodies[0];
     const up = head.getAttribute("aria-sort") !== "ascending";
-    const text = (row) => row.cells[head.cellIndex].textContent.trim();
-    const number = (said) => parseFloat(said.replace(/,/g, "").replace("\u2212", "-"));
-    const rows = [...body.rows], full = rows.filter((row) => text(row) !== "");
-    const numbers = full.every((row) => !Number.isNaN(number(text(row))));
-    const order = (a, b) => numbers ? number(text(a)) - number(text(b))
-      : text(a).localeCompare(text(b), "en", { numeric: true });
-    full.sort((a, b) => (up ? 1 : -1) * order(a, b));
-    body.append(...full, ...rows.filter((row) => text(row) === ""));
+    const found = [...body.rows].map((row) => {
+      const text = row.cells[head.cellIndex].textContent.trim(), value = valueOf(text);
+      return { row, text, value, kind: text === "" ? 2 : Number(Number.isNaN(value)) };
+    });
+    const order = (a, b) => a.kind ? a.text.localeCompare(b.text, "en", { numeric: true }) : a.value - b.value;
+    found.sort((a, b) => a.kind - b.kind || (up ? 1 : -1) * order(a, b));
+    body.append(...found.map((each) => each.row));
     for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", up ? "ascending" : "descending");
   });

@@ -2,11 +2,12 @@
 
 import base64
 import hashlib
+import re
 from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from normbench.report.drawing import Drawing
 from normbench.report.sections import PROSE, Report
@@ -20,8 +21,14 @@ def environment() -> Environment:
     made = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
                        trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     made.filters["svg"] = Markup  # drawings are made by matplotlib, which escapes their texts
+    made.filters["breakable"] = breakable
     made.tests["drawing"] = lambda block: isinstance(block, Drawing)
     return made
+
+
+def breakable(text: str) -> Markup:
+    """A name that may be broken behind its dots and underscores, rather than anywhere."""
+    return Markup(re.sub(r"(?<=[._/=])(?=\w)", "<wbr>", str(escape(text))))
 
 
 def html_of(report: Report, reload_s: float | None = None) -> str:

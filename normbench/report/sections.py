@@ -56,6 +56,11 @@ class Table:
     folded: bool = False
     left: Sequence[str] = LEFT
 
+    @property
+    def letters(self) -> int:
+        """The longest name in the first column."""
+        return max(len(row[0]) for row in (self.head, *self.rows))
+
 
 @dataclass
 class Section:
@@ -76,6 +81,7 @@ class Report:
     question: str
     finding: Finding | None
     waiting: str
+    warned: str
     facts: Sequence[tuple[str, str]]
     sections: Sequence[Section]
     made: str
@@ -119,7 +125,9 @@ class Builder:
         kept = [s for s in there if s.blocks or s.terms or s.words]
         waiting = "" if analysis else "No session has ended yet: there is nothing to compare."
         finding = finding_of(analysis) if analysis else None
-        return Report(study.name, study.question, finding, waiting, self.facts(evidence), kept, made)
+        warned = list(dict.fromkeys(w.arm for e in evidence for w in e.warnings if w.kind == "warning"))
+        alarm = f"The manifests of {tables.some(warned)} hold warnings: read them below." if warned else ""
+        return Report(study.name, study.question, finding, waiting, alarm, self.facts(evidence), kept, made)
 
     def facts(self, evidence: Sequence[Evidence]) -> list[tuple[str, str]]:
         """What stands in the page's head."""

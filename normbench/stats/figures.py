@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
@@ -58,6 +59,7 @@ from normbench.stats.verdicts import (
 
 MOST_POINTS = 500
 MOST_JOINED = 40
+FAR = 4.0
 
 DIVERGED = "#d55e00"
 LOOKS = {  # colour and marker
@@ -135,18 +137,27 @@ def differences_figure(
     figure = blank(0.7 + len(names) * row_height(names, width), width)
     axes = figure.subplots()
     axes.axvline(0, color=SOFT, linewidth=0.8, zorder=1)
+    low, high = scale_of(rows)
     for row, c in enumerate(rows):
         color, marker = LOOKS.get(c.verdict, LOOKS[INCONCLUSIVE])
         if math.isfinite(c.margin):
             draw_band(axes, c.margin, row)
         if has_interval(c):
-            axes.plot([c.ci_low, c.ci_high], [row, row], color=color, linewidth=1.8, label="interval")
+            shown = np.clip([c.ci_low, c.ci_high], low, high)
+            axes.plot(shown, [row, row], color=color, linewidth=1.8, label="interval")
         inside = color if has_interval(c) else "white"
-        axes.plot(
-            [c.diff], [row], marker, color=color, markerfacecolor=inside, markersize=7, label="difference"
-        )
+        if low <= c.diff <= high:
+            axes.plot([c.diff], [row], marker, color=color, markerfacecolor=inside, markersize=7,
+                      label="difference")  # fmt: skip
+        least, most = reach(c)
+        if least < low:
+            axes.plot([low + 0.02 * (high - low)], [row], "<", color=color, markersize=8, label="beyond")
+        if most > high:
+            axes.plot([high - 0.02 * (high - low)], [row], ">", color=color, markersize=8, label="beyond")
         beside(axes, row, [(c.verdict, color), (difference_words(c, metric), SOFT)])
     as_rows(axes, names)
+    if math.isfinite(low):
+        axes.set_xlim(low, high)
     axes.set_xlabel(wrapped(f"difference in {with_unit(metric)}", 80))
     paired = all(c.pairs for c in rows)
     sizes = [n for c in rows for n in ([c.pairs] if paired else [c.n_baseline, c.n_treatment])]
@@ -160,6 +171,7 @@ def differences_figure(
         if any(map(has_interval, rows))
         else "",
         f"Band: differences that count as none ({' to '.join(ends)})." if ends else "",
+        "Arrows: beyond the scale, as far as the numbers say." if math.isfinite(low) else "",
         "Hollow: no interval." if not all(map(has_interval, rows)) else "",
         f"Verdicts: Holm's correction over {analysis.family} tests." if analysis.family > 1 else "",
     )
@@ -178,6 +190,7 @@ def order_figure(analysis: Analysis, group: Group, metric: Metric, width: float 
     span = max(float(np.ptp(arm.values(metric.name))) for arm, n in zip(arms, sizes, strict=True) if n)
     for i, (axes, arm, order) in enumerate(zip(panels, arms, orders, strict=True)):
         draw_order(axes, arm, metric, order, colour_of(i), span)
+    panels[-1].xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     panels[-1].set_xlabel(words)
     aside(figure, with_unit(metric))
     entitle(
@@ -285,6 +298,28 @@ def reached(arm: Arm, metric: Metric) -> Reached:
 def has_interval(c: Comparison) -> bool:
     """Whether there is an interval, and one worth showing."""
     return math.isfinite(c.ci_low) and math.isfinite(c.ci_high) and c.verdict != NOT_COMPARABLE
+
+
+def reach(c: Comparison) -> tuple[float, float]:
+    """From where to where a comparison's row reaches."""
+    return (min(c.ci_low, c.diff), max(c.ci_high, c.diff)) if has_interval(c) else (c.diff, c.diff)
+
+
+def scale_of(rows: Sequence[Comparison]) -> tuple[float, float]:
+    """The ends of a forest plot's scale where at most half of the rows would squash the others.
+
+    A row is left to an arrow where it reaches FAR times as far from 0 as all that reach less; −∞ to ∞ where
+    none does.
+    """
+    known = sorted((c for c in rows if math.isfinite(c.diff)), key=lambda c: max(map(abs, reach(c))))
+    margin = max((c.margin for c in rows if math.isfinite(c.margin)), default=0.0)
+    for i in range((len(known) + 1) // 2, len(known)):
+        widest = max(margin, *(max(map(abs, reach(c))) for c in known[:i]))
+        if max(map(abs, reach(known[i]))) > FAR * widest > 0:
+            ends = [end for c in known[:i] for end in reach(c)]
+            low, high = min(-margin, *ends), max(margin, *ends)
+            return low - 0.08 * (high - low), high + 0.08 * (high - low)
+    return -math.inf, math.inf
 
 
 def draw_points(axes: Axes, arm: Arm, metric: Metric, heights: Floats, color: str) -> None:
