@@ -233,12 +233,14 @@ def test_a_label_that_looks_like_a_colour_stays(tmp_path: Path) -> None:
 
     def make(width: float) -> Figure:
         figure = Figure(figsize=(width, 2))
-        figure.text(0.1, 0.5, "style=\"fill: #222222;\" <b> 'DejaVu Sans'", color="#222222")
+        figure.text(0.1, 0.5, "style=\"fill: #222222;\" <b> 'DejaVu Sans' 漢", color="#222222")
         return figure
 
     drawn = drawing.drawing_of("one", Sketch(("one",), make, 'an "alt" <b>'), tmp_path)
     assert drawn is not None
-    assert "fill: #222222;\" &lt;b&gt; 'DejaVu Sans'" in drawn.wide and "fill: var(--c222222)" in drawn.wide
+    assert (
+        "fill: #222222;\" &lt;b&gt; 'DejaVu Sans' 漢" in drawn.wide and "fill: var(--c222222)" in drawn.wide
+    )
     assert "&quot;alt&quot; &lt;b&gt;" in drawn.narrow and "#222222;" in drawn.file.read_text()
 
 

@@ -149,6 +149,10 @@ def test_dark_light_and_print(browser: Browser, full: Path) -> None:
             page.emulate_media(media="print", color_scheme="dark")
             assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
             assert page.locator("nav").is_hidden()
+            page.set_viewport_size({"width": 680, "height": 900})  # A4 within its margins
+            page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+            assert page.evaluate(OVERFLOW) <= 0
+            page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = false; })")
             assert page.pdf(format="A4").startswith(b"%PDF")
             assert page.evaluate("[...document.querySelectorAll('details')].every((each) => each.open)")
         page.close()

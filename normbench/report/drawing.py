@@ -78,6 +78,14 @@ def draw_inherited(place: int) -> Drawing | None:
 
 def drawing_of(name: str, sketch: Sketch, folder: Path) -> Drawing | None:
     """Draw a figure, and save it as `folder/<name>.svg`; None where there is nothing to draw."""
+    with warnings.catch_warnings():
+        # matplotlib measures by a font that may lack a name's letters; text stays text, the reader's has them
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font")
+        return drawn(name, sketch, folder)
+
+
+def drawn(name: str, sketch: Sketch, folder: Path) -> Drawing | None:
+    """The figure, on a desk and on a telephone."""
     figure = sketch.make(WIDTH)
     if figure is None:
         return None
