@@ -171,6 +171,21 @@ def text(key: str, value: Any) -> str:
     return value
 
 
+def arm_list(key: str, value: Any) -> list[str]:
+    """Override strings, which may be none."""
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        there = '["norm=obn","norm=mbn stride=1,4"]'
+        raise ValueError(f"{key} must be a list like {there}, got {value!r}")
+    return value
+
+
+def folders(key: str, value: Any) -> list[str]:
+    """Places of earlier results, which may be none."""
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        raise ValueError(f"{key} must be a list like [outputs/one,outputs/two], got {value!r}")
+    return value
+
+
 RULES: dict[str, Rule] = {
     "stride": optional(positive_int),
     "epochs": optional(positive_int),
@@ -298,6 +313,7 @@ RULES: dict[str, Rule] = {
     "sweep.sessions": partial(int_from, low=2),
     "sweep.fresh": positive_int,
     "sweep.epochs": positive_int,
-    "arms": optional(list_of(text)),
+    "arms": optional(arm_list),
+    "join": folders,
     "compare": optional(text),
 }

@@ -142,7 +142,7 @@ def write_profile(folder: Path, arms: Sequence[str], layers: int = 8, rounds: in
         {"arm": arm.replace("-stride", " stride="), "norm": arm.partition("-")[0], "stride": None,
          "norm_options": {k: v for k, v in values_of(arm, "", "")["norm"].items() if k != "_partial_"},
          "precision": "fp32", "channels_last": False, "batch_size": 128, "without": "resnet9",
-         "step_s": times(0.01), "observed_step_s": times(0.0101),
+         "step_s": times(0.01), "observed_step_s": times(0.0101), "odd_share": 0.0,
          "layers": [
              {"layer": name, "layer_index": at, "shape": [128, 64 + at, 32, 32], "alike": f"{arm}{at}",
               "fused": False, "relu_inside": False, **passes(i, at), "forward_bytes": 3 * size[at],
@@ -151,11 +151,12 @@ def write_profile(folder: Path, arms: Sequence[str], layers: int = 8, rounds: in
         for i, arm in enumerate(arms)
     ]  # fmt: skip
     write_json(folder / "profile.json", {
-        "format": 1, "quick": False, "complete": True, "cpu_share": 1.0, "model": "resnet9",
+        "format": 2, "quick": False, "complete": True, "cpu_share": 1.0, "model": "resnet9",
         "dataset": "digits", "made_at": "2026-11-22T01:00:00Z",
         "machine": {"device": "cpu", "device_name": "AMD EPYC", "threads": 1, "torch": "2.15.0",
                     "driver_version": "Linux", "cuda_version": None},
-        "arms": made, "without": {"resnet9": {"step_s": times(0.008), "relus": {}}},
+        "arms": made, "compare": [],
+        "without": {"resnet9": {"step_s": times(0.008), "relus": {}, "empty": {}, "odd_share": 0.0}},
         "alone": [
             {"tensor_bytes": size[at], "copy_s": times(2 * size[at] / 12e9),
              "layers": {f"{arm}{at}": {**passes(i, at), "peak_memory_bytes": 2**20, "missing": None}

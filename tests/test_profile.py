@@ -1,29 +1,29 @@
 """The profile door: its rows follow from its raw times, its hooks from what ran, its bytes from probing."""
 
+import contextlib
 import csv
 import gzip
+import io
 import json
-import signal
+import math
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rows import hear_ctrl_c
 from torch import Tensor, nn
 
 from normbench import cli
 from normbench.bench.interleaved import Clock
 from normbench.norms.bn import BatchNorm
+from normbench.norms.ghost import GhostBatchNorm
 from normbench.norms.mbn import MBN
-from normbench.profile import compare, record, traffic, watching
+from normbench.profile import compare, measuring, record, traffic, watching
 
 QUICK = ("quick=true", "device=cpu", "model.width=2")
-Run = Callable[..., Path]
 
 
 class Halved(nn.Module):
@@ -39,28 +39,34 @@ class Halved(nn.Module):
         return (x - mean) / self.by * self.weight.view(1, -1, 1, 1)
 
 
-@pytest.fixture
-def profile(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a quick command in this process: its folder."""
-
-    def run(*arguments: str) -> Path:
-        before, threads = set(Path().glob("outputs/profile/*")), torch.get_num_threads()
-        monkeypatch.setattr(sys, "argv", ["profile", *QUICK, *arguments])
+def run(*arguments: str) -> Path:
+    """A quick command in this process: its folder."""
+    before, threads = set(Path().glob("outputs/profile/*")), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["profile", *QUICK, *arguments])
         try:
             cli.run("profile")
         finally:
             torch.set_num_threads(threads)
-        (written,) = set(Path().glob("outputs/profile/*")) - before
-        return written
+    (written,) = set(Path().glob("outputs/profile/*")) - before
+    return written.absolute()
 
-    return run
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of two arms, with a page in docs/ beside outputs/; and what the command said."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.chdir(tmp_path_factory.mktemp("both"))
+        folder = run("norm=mbn", "stride=1,4", "dataset=cifar10", "name=both", "page=docs/page.md")
+    return folder, said.getvalue()
 
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """The line with which a command is refused."""
 
-    def run(*arguments: str) -> str:
+    def refuse(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["profile", *arguments])
         with pytest.raises(SystemExit) as ended:
             cli.run("profile")
@@ -69,7 +75,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         assert said.count("\n") == 1 and said.startswith("normbench profile: ")
         return said.removeprefix("normbench profile: ").rstrip()
 
-    return run
+    return refuse
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -77,8 +83,8 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-def test_every_layer_alone_and_in_the_model(profile: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = profile("norm=mbn", "stride=1,4", "dataset=cifar10", "name=both", "page=docs/page.md")
+def test_every_layer_alone_and_in_the_model(both: tuple[Path, str]) -> None:
+    folder, said = both
     body = json.loads((folder / "profile.json").read_text())
     rows = rows_of(folder / "layers.csv")
     assert folder.name == "both" and body["complete"] and list(rows[0]) == record.LAYER_COLUMNS
@@ -109,13 +115,14 @@ def test_every_layer_alone_and_in_the_model(profile: Run, capsys: pytest.Capture
     ]
     check_shares(body, rows, rows_of(folder / "steps.csv"))
     check_trace(folder)
-    said, page = capsys.readouterr().out, Path("docs/page.md").read_text()
+    docs = folder.parents[2] / "docs"
+    page = (docs / "page.md").read_text()
     assert "mbn stride=4" in said and "norms, by difference" in said and "res1a.norm" in said
     assert "A quick run" in page
     for name in ("layers-model", "layers-alone", "roofline", "steps"):
         assert (folder / f"{name}.svg").read_text().rstrip().endswith("</svg>")
         assert f"(page/resnet9-cifar10-{name}.svg)" in page
-        assert Path(f"docs/page/resnet9-cifar10-{name}.svg").is_file()
+        assert (docs / f"page/resnet9-cifar10-{name}.svg").is_file()
 
 
 def check_shares(body: dict[str, Any], rows: list[dict[str, str]], steps: list[dict[str, str]]) -> None:
@@ -126,12 +133,16 @@ def check_shares(body: dict[str, Any], rows: list[dict[str, str]], steps: list[d
         assert bare["relus"].keys() == {layer["layer"] for layer in arm["layers"]}
         shares = []
         for i, step in enumerate(arm["step_s"]):
-            own = sum(layer["forward_s"][i] + layer["backward_s"][i] for layer in arm["layers"])
+            empty = bare["empty"].values()
+            own, nothing = (
+                sum(layer["forward_s"][i] + layer["backward_s"][i] for layer in layers)
+                for layers in (arm["layers"], empty)
+            )
             inside = [layer["layer"] for layer in arm["layers"] if layer["relu_inside"]]
             relus = sum(
                 bare["relus"][name][f"{which}_s"][i] for name in inside for which in ("forward", "backward")
             )
-            shares.append((own - relus) / step)
+            shares.append((own - nothing - relus) / step)
         assert float(row["norm_share_by_layers"]) == pytest.approx(statistics.median(shares))
         lost = [(a - b) / a for a, b in zip(arm["step_s"], bare["step_s"], strict=True)]
         assert float(row["norm_share_by_difference"]) == pytest.approx(statistics.median(lost))
@@ -151,11 +162,12 @@ def check_trace(folder: Path) -> None:
     assert gzip.decompress(copy.read_bytes()) == text
 
 
-def test_arms_of_different_norms_share_a_run_without_norms(profile: Run) -> None:
-    folder = profile('arms=["norm=obn,nn","norm=mbn stride=2 norm.impl=reference"]', "channels_last=true")
+def test_arms_of_different_norms_share_a_run_without_norms(both: tuple[Path, str]) -> None:
+    arms = 'arms=["norm=obn,nn","norm=mbn stride=2 norm.impl=reference"]'
+    folder = run(arms, "channels_last=true", "--compare", str(both[0] / "layers.csv"))
     body = json.loads((folder / "profile.json").read_text())
-    arms = {arm["arm"]: arm for arm in body["arms"]}
-    assert list(arms) == ["obn", "nn", "mbn stride=2 impl=reference"] and len(body["without"]) == 1
+    assert [arm["arm"] for arm in body["arms"]] == ["obn", "nn", "mbn stride=2 impl=reference"]
+    assert len(body["without"]) == 1 and (folder / "compare.svg").is_file()
     rows = rows_of(folder / "layers.csv")
     assert {r["fused"] for r in rows} == {"false"} and {r["relu_inside"] for r in rows} == {"false"}
     nothing = next(r for r in rows if r["norm"] == "nn")
@@ -166,10 +178,8 @@ def test_arms_of_different_norms_share_a_run_without_norms(profile: Run) -> None
     assert int(wide["forward_bytes"]) / int(obn["forward_bytes"]) == pytest.approx(2.25 / 3)
 
 
-def test_a_strangers_layer_is_profiled_and_its_bytes_are_found(profile: Run) -> None:
-    folder = profile(
-        "norm=custom", f"norm._target_={__name__}.Halved", "+norm.by=2,3", "model.norm_layers=first"
-    )
+def test_a_strangers_layer_is_profiled_and_its_bytes_are_found() -> None:
+    folder = run("norm=custom", f"norm._target_={__name__}.Halved", "+norm.by=2,3", "model.norm_layers=first")
     rows = rows_of(folder / "layers.csv")
     assert [r["arm"] for r in rows[::2]] == ["Halved by=2", "Halved by=3"]
     tensor = 4 * 2 * 8 * 8 * 4  # the batch has to be seen forward; backward nothing waits for it
@@ -198,7 +208,14 @@ def test_a_strangers_layer_is_profiled_and_its_bytes_are_found(profile: Run) -> 
         ),
         (["join=[nowhere]"], "join=nowhere: no such file"),
         (["name=../x"], "name must be a word of letters, digits and . + = ~ - _, got '../x'"),
-        (["page=."], "page=. is no file's name"),
+        (["page=."], "page=. is no Markdown file's name, like docs/profile.md"),
+        (["page=page.txt"], "page=page.txt is no Markdown file's name"),
+        (["arms=[]"], "arms=[] measures nothing; with join=[folders] page=docs/profile.md it makes a page"),
+        (["arms=[]", "norm=mbn"], "arms=[] measures nothing, so norm changes nothing; leave it out"),
+        (
+            ['arms=["norm=mbn","norm=mbn stride=1"]'],
+            "two arms are one setting (mbn and mbn stride=1); give it",
+        ),
         (['arms=["norm=obn"]', "norm=mbn"], "norm: set by arms='norm=obn'; leave it out of the command"),
         (['arms=["rounds=3"]'], "arms: 'rounds=3' sets rounds, which is one for all arms"),
         (["arms=3"], "arms must be a list like"),
@@ -215,6 +232,7 @@ def test_what_cannot_be_profiled_is_refused(
 
 def test_a_finished_profile_is_never_overwritten(refused: Callable[..., str]) -> None:
     Path("outputs/profile/mine").mkdir(parents=True)
+    Path("outputs/profile/mine/profile.json").touch()
     assert refused("name=mine") == (
         "name=mine: outputs/profile/mine is there already; choose another name, or remove it"
     )
@@ -241,6 +259,7 @@ def test_tables_of_other_times(tmp_path: Path) -> None:
         ("a,b\n1,2\n", "no table of layer times"),
         (f"{head}\nOBN,forward,1,0,866000\n", "lacks layers in its backward pass"),
         (f"{head}\nOBN,forward,x,0,866000\n", "cannot be read"),
+        (f"{head}\nOBN,forward,1,0,nan\n", "wall_ns_read must be above 0, got nan"),
         ("", "no table of layer times"),
     ):
         bars.write_text(text)
@@ -248,38 +267,51 @@ def test_tables_of_other_times(tmp_path: Path) -> None:
             compare.read_times(str(bars))
 
 
-@pytest.mark.slow
-def test_another_profile_is_drawn_over_ours(profile: Run) -> None:
-    first = profile("norm=mbn", "stride=2", "name=first")
-    second = profile("norm=mbn", "stride=2,4", "name=second", "--compare", str(first / "layers.csv"))
-    assert (second / "compare.svg").is_file() and not (first / "compare.svg").exists()
+def test_pages_are_made_of_earlier_profiles(
+    both: tuple[Path, str], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = both
+    monkeypatch.setattr(sys, "argv", ["profile", "arms=[]", f"join=[{folder},{folder}]", "page=two.md"])
+    cli.run("profile")
+    page = Path("two.md").read_text()
+    assert page.count("## resnet9, cifar10's images (3×32×32)") == 2
+    for name in ("resnet9-cifar10-steps.svg", "resnet9-cifar10-2-steps.svg"):
+        assert f"(two/{name})" in page and (Path("two") / name).is_file()
+    body = json.loads((folder / "profile.json").read_text())
+    del body["arms"][0]["layers"][3]["forward_s"]
+    Path("damaged.json").write_text(json.dumps(body))
+    said = "join=damaged.json: what it holds is damaged; give another profile's folder"
+    assert refused("arms=[]", "join=[damaged.json]", "page=p.md") == said
+    assert refused("join=[damaged.json]", "page=p.md") == said  # before anything is measured
 
 
-@pytest.mark.slow
-def test_ctrl_c_keeps_what_was_measured() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "normbench.profile",
-        "model.width=2",
-        "rounds=30",
-        "name=cut",
-        "device=cpu",
-    ]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=hear_ctrl_c)  # fmt: skip
-    assert running.stdout is not None
-    for line in running.stdout:
-        if line.endswith("layers alone\n"):
-            break
-    running.send_signal(signal.SIGINT)
-    _, error = running.communicate(timeout=60)
-    assert running.returncode == 130 and error == "interrupted; what was measured is in outputs/profile/cut\n"
-    rows = rows_of(Path("outputs/profile/cut/layers.csv"))
-    assert {"model"} <= {row["place"] for row in rows} and len(rows) < 16
-    (row,) = rows_of(Path("outputs/profile/cut/steps.csv"))
-    assert row["rounds"] == "30"
-    assert not json.loads(Path("outputs/profile/cut/profile.json").read_text())["complete"]
+def test_ctrl_c_keeps_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = measuring.measure_alone
+
+    def cut(*arguments: Any) -> Iterator[Any]:
+        yield next(whole(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measuring, "measure_alone", cut)
+    with pytest.raises(SystemExit) as ended:
+        run("name=cut", "model.norm_layers=[prep.norm,layer3.norm]")
+    said = capsys.readouterr().err
+    assert ended.value.code == 130 and said == "interrupted; what was measured is in outputs/profile/cut\n"
+    folder = Path("outputs/profile/cut")
+    assert [r["place"] for r in rows_of(folder / "layers.csv")] == ["alone", "model", "model"]
+    assert not json.loads((folder / "profile.json").read_text())["complete"]
+
+
+def test_a_disk_that_is_full_at_the_end_keeps_the_times(
+    monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    monkeypatch.setattr(measuring, "measure_alone", lambda *arguments: iter(()))
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", lambda profiler, path: None)
+    said = refused(*QUICK, "name=full", "model.norm_layers=last")
+    assert "cannot all be written: outputs/profile/full/trace.json: the profiler could not write it" in said
+    assert "outputs/profile/full has layers-model.svg, layers.csv, profile.json, " in said
 
 
 @pytest.mark.parametrize(
@@ -292,6 +324,7 @@ def test_ctrl_c_keeps_what_was_measured() -> None:
         (MBN(3, stride=8, impl="reference"), (4, 3, 4, 4), False, (2.25, 3.5)),  # the first row is there
         (BatchNorm(3), (6, 3), False, (3, 5)),
         (nn.GroupNorm(1, 3), (4, 3, 8, 8), False, (2, 3)),
+        (GhostBatchNorm(3, ghost_batch_size=2), (8, 3, 8, 8), False, (3, 5)),  # every part sees itself
         (nn.Identity(), (4, 3, 8, 8), False, (0, 0)),
         (Halved(3), (4, 3, 8, 8), False, (3, 3)),
     ],
@@ -301,7 +334,11 @@ def test_bytes_that_a_layer_moves_are_found_by_probing(
 ) -> None:
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     layout = torch.channels_last if last else torch.contiguous_format
-    assert traffic.units_of(layer, shape, torch.device("cpu"), layout) == pytest.approx(units)
+    size, float32, cpu = 4 * math.prod(shape), torch.float32, torch.device("cpu")
+    found = traffic.bytes_of(layer, shape, (float32, float32), layout, cpu)
+    assert found == pytest.approx([unit * size for unit in units])
+    half = traffic.bytes_of(layer, shape, (torch.bfloat16, float32), layout, cpu)
+    assert half is not None and (half == (0, 0) or half[0] == found[0] - (units[0] - 1) * size / 2)
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 
 
@@ -323,7 +360,7 @@ def test_hooks_mark_each_layer_once_in_both_passes() -> None:
     model = nn.Sequential(nn.Linear(3, 3), Layer(), nn.ReLU(), nn.Linear(3, 3), Layer())
     layers = {"one": model[1], "two": model[4]}
     clock = Clock(torch.device("cpu"))
-    with watching.watched(model, layers, clock) as watch:
+    with watching.watched(layers, clock) as watch:
         model(torch.randn(2, 3)).sum().backward()
         found = watch.seconds(1)
     both = {"forward", "backward"}
@@ -342,16 +379,23 @@ def test_the_interval_of_a_gap_needs_six_rounds() -> None:
     assert (low, high) == (1.0, 7.0)
     arm: dict[str, Any] = {
         "arm": "a",
+        "odd_share": 0.0,
         "step_s": [10.0] * 7,
         "observed_step_s": [10.0] * 7,
-        "layers": [{"layer": "n", "relu_inside": True, "forward_s": [2.0] * 7, "backward_s": [1.0] * 7}],
+        "layers": [{"layer": "n", "relu_inside": True, "forward_s": [2.0] * 7, "backward_s": [1.25] * 7}],
     }
-    relus = {"n": {"forward_s": [0.5] * 7, "backward_s": [0.5] * 7}}
-    row = record.step_row(arm, {"step_s": [8.0] * 7, "relus": relus})
+    bare: dict[str, Any] = {
+        "step_s": [8.0] * 7,
+        "odd_share": 0.0,
+        "relus": {"n": {"forward_s": [0.5] * 7, "backward_s": [0.5] * 7}},
+        "empty": {"n": {"forward_s": [0.25] * 7, "backward_s": []}},
+    }
+    row = record.step_row(arm, bare)
     assert row["norm_share_by_layers"] == pytest.approx(0.2) and row[
         "norm_share_by_difference"
     ] == pytest.approx(0.2)
     assert row["agrees"] is True and row["relu_inside_median_s"] == 1
-    row = record.step_row(arm, {"step_s": [7.0] * 7, "relus": relus})
+    assert record.step_row(arm, bare | {"odd_share": 0.01})["agrees"] is None
+    row = record.step_row(arm, bare | {"step_s": [7.0] * 7})
     assert row["gap"] == pytest.approx(-0.1) and row["agrees"] is False
     assert record.agreement(-0.3, 0.2, 0.25) is None and record.agreement(-0.1, 0.2, 0.25) is True

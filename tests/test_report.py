@@ -303,7 +303,7 @@ def test_mistakes_cost_one_line(refused: Callable[..., str]) -> None:
     assert "baseline 'xyz': no such arm" in refused(study, "--baseline", "xyz")
     assert "--margin 0.1: name the metric" in refused(study, "--margin", "0.1")
     assert "--alpha must lie between 0 and 1" in refused(study, "--alpha", "2")
-    write_json(study / "p" / "profile.json", {"format": 1, "arms": []})
+    write_json(study / "p" / "profile.json", {"format": 2, "arms": []})
     assert "is no result of this version's profile" in refused(study, "--profile", study / "p")
     (next(study.glob("nn-*/s1")) / "session.json").write_text("{")
     assert "is damaged" in refused(study)

@@ -39,13 +39,19 @@ class Arm:
 def arms_of(
     composer: Composer, master: DictConfig, arguments: Sequence[str]
 ) -> tuple[list[Arm], Values, dict[str, str]]:
-    """Every arm that the command names, its common values and choices; Refused as `train` would refuse."""
+    """Every arm that the command names, its common values and choices; Refused as `train` would refuse.
+
+    No arms: `arms=[]`, which joins earlier profiles.
+    """
     parser = OverridesParser.create(config_loader=composer.loader)
     typed = by_key(parser.parse_overrides(list(arguments)), "the command")
     for key, override in typed.items():
         check_typed(key, override)
-    common, _ = composer.compose([str(o.input_line) for k, o in typed.items() if k in OWN])
+    common, chosen = composer.compose([str(o.input_line) for k, o in typed.items() if k in OWN])
     listed = common["arms"] or []
+    if common["arms"] == []:
+        check_joined(common, typed)
+        return [], common, chosen
     shared = [o for key, o in typed.items() if key not in OWN]
     for arm in listed:
         for key, override in parse_arm(parser, arm).items():
@@ -63,10 +69,22 @@ def arms_of(
         layer = str(values["norm"]["_target_"]).rpartition(".")[2]
         name = " ".join([layer if choices["norm"] == "custom" else choices["norm"], *words])
         arm = Arm(name, values, *session(sessions, values, overrides))
-        if found.setdefault(arm.name, arm) is not arm:
-            raise Refused(f"two arms are one setting ({arm.name}); give it once")
+        same = next((a for a in found.values() if a.name == name or a.config == arm.config), None)
+        if same is not None:
+            names = " and ".join(dict.fromkeys((same.name, name)))
+            raise Refused(f"two arms are one setting ({names}); give it once")
+        found[name] = arm
         common = values
     return list(found.values()), common, choices
+
+
+def check_joined(common: Values, typed: Iterable[str]) -> None:
+    """`arms=[]` measures nothing: it joins earlier profiles onto a page, and no other key says anything."""
+    idle = [key for key in typed if key not in ("arms", "join", "page")]
+    if idle:
+        raise Refused(f"arms=[] measures nothing, so {idle[0]} changes nothing; leave it out")
+    if not common["join"] or not common["page"]:
+        raise Refused("arms=[] measures nothing; with join=[folders] page=docs/profile.md it makes a page")
 
 
 def check_typed(key: str, override: Override) -> None:

@@ -6,10 +6,11 @@ layers.csv                       our own; its times inside the model
 """
 
 import csv
+import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,8 +47,8 @@ def read_times(path: str) -> list[Series]:
             known = "; ".join(", ".join(names) for names, _ in READERS)
             raise Refused(f"compare={path}: no table of layer times; the columns known are {known}")
         found: dict[Key, list[float]] = defaultdict(list)
-        for key, seconds in reader(rows):
-            found[key].append(seconds)
+        for key, time_s in reader(rows):
+            found[key].append(time_s)
     except (ValueError, TypeError, csv.Error) as error:
         if isinstance(error, Refused):
             raise
@@ -81,7 +82,7 @@ def of_kernels(rows: Sequence[dict[str, str]]) -> Iterable[tuple[Key, float]]:
     """
     totals: dict[str, float] = defaultdict(float)
     for row in rows:
-        totals[row["run"]] += float(row["fwd_ns"])
+        totals[row["run"]] += seconds(row, "fwd_ns", 1e9)
     least = min(totals.values())
     for row in rows:
         steps = round(totals[row["run"]] / least)
@@ -90,8 +91,8 @@ def of_kernels(rows: Sequence[dict[str, str]]) -> Iterable[tuple[Key, float]]:
             raise ValueError(f"run {row['run']!r} names no OBN or MBN")
         stride = None if match[2] is None else int(match[2])
         layer = int(row["bn_index_forward_order"])
-        yield (match[1], stride, layer, "forward"), float(row["fwd_ns"]) / steps / 1e9
-        yield (match[1], stride, layer, "backward"), float(row["bwd_ns"]) / steps / 1e9
+        yield (match[1], stride, layer, "forward"), seconds(row, "fwd_ns", 1e9) / steps
+        yield (match[1], stride, layer, "backward"), seconds(row, "bwd_ns", 1e9) / steps
 
 
 def of_bars(rows: Sequence[dict[str, str]]) -> Iterable[tuple[Key, float]]:
@@ -100,7 +101,7 @@ def of_bars(rows: Sequence[dict[str, str]]) -> Iterable[tuple[Key, float]]:
         if row["direction"] not in ("forward", "backward"):
             raise ValueError(f"direction {row['direction']!r} is no pass")
         key = (row["model"], int(row["stride"]), int(row["bn_index_forward_order"]), row["direction"])
-        yield key, float(row["wall_ns_read"]) / 1e9
+        yield key, seconds(row, "wall_ns_read", 1e9)
 
 
 def of_ours(rows: Sequence[dict[str, str]]) -> Iterable[tuple[Key, float]]:
@@ -110,7 +111,15 @@ def of_ours(rows: Sequence[dict[str, str]]) -> Iterable[tuple[Key, float]]:
             stride = int(row["stride"]) if row["stride"] else None
             for which in ("forward", "backward"):
                 key = (row["arm"], stride, int(row["layer_index"]), which)
-                yield key, float(row[f"{which}_median_s"])
+                yield key, seconds(row, f"{which}_median_s")
+
+
+def seconds(row: Mapping[str, str], column: str, of_a_second: float = 1.0) -> float:
+    """A time above zero, given in parts of a second."""
+    found = float(row[column]) / of_a_second
+    if not 0 < found < math.inf:
+        raise ValueError(f"{column} must be above 0, got {row[column]}")
+    return found
 
 
 READERS = ((KERNELS, of_kernels), (BARS, of_bars), (OURS, of_ours))

@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -18,8 +19,8 @@ from normbench.building import norm_layers_of
 from normbench.data.together import batches_of
 from normbench.preparing import prepare
 from normbench.profile.arms import Arm
-from normbench.profile.traffic import units_of
-from normbench.profile.watching import Seen, watched, watched_relus
+from normbench.profile.traffic import bytes_of
+from normbench.profile.watching import Seen, Watch, odd_share, watched, watched_relus
 from normbench.seeds import Seeds
 from normbench.training import Prepared, autocast, start, train_step
 from normbench.values import Refused
@@ -53,11 +54,11 @@ class Pace:
 class Steps:
     """One prepared model at work.
 
-    `of_relus`: watch the eager ReLUs behind norm layers in place of the layers.
+    `bare`: without norms; beside the empty layers, the eager ReLUs behind them are watched.
     """
 
     ready: Prepared
-    of_relus: bool = False
+    bare: bool = False
     seen: dict[str, Seen] = field(default_factory=dict)
 
     @cached_property
@@ -75,10 +76,16 @@ class Steps:
         loss, _ = train_step(self.ready, *self.batch)
         return loss
 
-    def watched(self, clock: Clock) -> Any:
-        """Mark layers or ReLUs meanwhile."""
-        watching = watched_relus if self.of_relus else watched
-        return watching(self.ready.model, self.layers, clock)
+    @contextmanager
+    def watched(self, clock: Clock) -> Iterator[Watch]:
+        """Mark layers meanwhile, in a bare model their ReLUs too."""
+        with watched(self.layers, clock) as watch:
+            if not self.bare:
+                yield watch
+                return
+            with watched_relus(self.ready.model, self.layers, clock) as relus:
+                yield watch
+            watch.spans |= {f"{name} relu": passes for name, passes in relus.spans.items()}
 
     def prepared(self, pace: Pace) -> Ready:
         """Warmed up; a sample is a step as it is, then one that is watched."""
@@ -128,7 +135,7 @@ def prepared_steps(arms: Sequence[Arm]) -> tuple[dict[str, Steps], dict[str, Ste
         same = (name for name, steps in without.items() if steps.ready.config == config)
         name = next(same, None) or f"without norms {len(without) + 1}"
         if name not in without:
-            without[name] = Steps(prepare(config), of_relus=True)
+            without[name] = Steps(prepare(config), bare=True)
         names[arm.name] = name
     return own, without, names
 
@@ -247,6 +254,11 @@ def measure_alone(own: Mapping[str, Steps], pace: Pace) -> Iterator[Body]:
 def arm_body(arm: Arm, steps: Steps, times: Mapping[str, Sequence[float]], without: str) -> Body:
     """What was seen of an arm: its step's times, its layers as they ran inside it."""
     config = arm.config
+    layers = [
+        layer_body(Alone(arm.name, layer, steps.seen[name], steps.ready), index, name, times)
+        for index, (name, layer) in enumerate(steps.layers.items())
+        if name in steps.seen
+    ]
     return {
         "arm": arm.name,
         "norm": config.choices["norm"],
@@ -258,48 +270,62 @@ def arm_body(arm: Arm, steps: Steps, times: Mapping[str, Sequence[float]], witho
         "without": without,
         "step_s": list(times[STEP]),
         "observed_step_s": list(times[OBSERVED]),
-        "layers": [
-            layer_body(arm.name, index, name, steps, times)
-            for index, name in enumerate(steps.layers)
-            if name in steps.seen
-        ],
+        "odd_share": odd_share(steps.layers, steps.once),
+        "layers": with_bytes(layers, steps),
     }
 
 
-def layer_body(arm: str, index: int, name: str, steps: Steps, times: Mapping[str, Sequence[float]]) -> Body:
+def layer_body(alone: Alone, index: int, name: str, times: Mapping[str, Sequence[float]]) -> Body:
     """One layer inside the running step."""
-    alone = Alone(arm, steps.layers[name], steps.seen[name], steps.ready)
-    seen, observed = alone.seen, steps.ready.observation.layers[name]
-    units = units_of(alone.layer, seen.shape, steps.ready.device, seen.layout)
-    tensor_bytes = seen.dtype.itemsize * torch.Size(seen.shape).numel()
-    moved = (None, None) if units is None else tuple(round(u * tensor_bytes) for u in units)
+    layer, seen = alone.layer, alone.seen
+    observed = alone.ready.observation.layers[name]
     return {
         "layer": name,
         "layer_index": index,
-        "class": f"{type(alone.layer).__module__}.{type(alone.layer).__qualname__}",
+        "class": f"{type(layer).__module__}.{type(layer).__qualname__}",
         "shape": list(seen.shape),
         "dtype": word(seen.dtype),
         "layout": word(seen.layout),
         "fused": observed.fused,
         "relu_inside": seen.relu,
         "alike": alone.likeness,
-        "forward_s": list(times.get(f"{name} forward", [])),
-        "backward_s": list(times.get(f"{name} backward", [])),
+        **in_passes(name, times),
         "forward_operators": dict(observed.ops.get("forward", Counter())),
         "backward_operators": dict(observed.ops.get("backward", Counter())),
-        "forward_bytes": moved[0],
-        "backward_bytes": moved[1],
     }
+
+
+def with_bytes(layers: Sequence[Body], steps: Steps) -> list[Body]:
+    """The layers with what they have to move; those that are alike are probed once."""
+    found: dict[str, tuple[int, int] | None] = {}
+    for body in layers:
+        if body["alike"] not in found:
+            seen = steps.seen[body["layer"]]
+            dtypes = seen.dtype, seen.output_dtype
+            layer, device = steps.layers[body["layer"]], steps.ready.device
+            found[body["alike"]] = bytes_of(layer, seen.shape, dtypes, seen.layout, device)
+    moved = [found[body["alike"]] or (None, None) for body in layers]
+    return [
+        {**body, **{f"{which}_bytes": count for which, count in zip(PASSES, counts, strict=True)}}
+        for body, counts in zip(layers, moved, strict=True)
+    ]
 
 
 def without_body(steps: Steps, times: Mapping[str, Sequence[float]]) -> Body:
-    """The step without norms, and the eager ReLUs that stand where layers with a ReLU inside would."""
-    relus = {
-        name: {f"{which}_s": list(times.get(f"{name} {which}", [])) for which in PASSES}
-        for name in steps.layers
-        if f"{name} forward" in times
+    """The step without norms: what its marks cost where a layer does nothing, and its eager ReLUs' times."""
+    behind = [name for name in steps.layers if f"{name} relu forward" in times]
+    return {
+        "step_s": list(times[STEP]),
+        "observed_step_s": list(times[OBSERVED]),
+        "odd_share": odd_share(steps.layers, steps.once),
+        "empty": {name: in_passes(name, times) for name in steps.layers},
+        "relus": {name: in_passes(f"{name} relu", times) for name in behind},
     }
-    return {"step_s": list(times[STEP]), "observed_step_s": list(times[OBSERVED]), "relus": relus}
+
+
+def in_passes(name: str, times: Mapping[str, Sequence[float]]) -> Body:
+    """Seconds of both passes, a round each; none where a pass was not measured."""
+    return {f"{which}_s": list(times.get(f"{name} {which}", [])) for which in PASSES}
 
 
 def word(value: object) -> str:

@@ -3,9 +3,9 @@
 layers.csv   one row per arm, layer and place: `alone`, called by itself, or `model`, inside the running step
 steps.csv    one row per arm: what the norms take of a step, by their own times and by a step without them
 
-A `share` is of the step's time, round by round. `…_by_layers` adds the layers' times up, less the eager ReLU
-that the step without norms runs in place of a ReLU inside a layer, so that both mean
-the same.
+A `share` is of the step's time, round by round. `…_by_layers` adds the layers' times up, less what the step
+without norms spends in the same places: the call of a layer that does nothing and its marks, and the eager
+ReLU in place of one inside a layer. So it means what `…_by_difference` does.
 """
 
 import csv
@@ -20,11 +20,13 @@ from normbench.bench.spread import Spread
 from normbench.plan import read_json
 from normbench.values import Refused
 
-FORMAT = 1
+FORMAT = 2
 Body = dict[str, Any]
 Row = dict[str, Any]
 PASSES = ("forward", "backward")
+DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # of what is read back
 CONFIDENCE = 0.95
+ODD = 1e-3  # a share of values that are no ordinary numbers from which on steps are not compared
 LAYER_COLUMNS = """
     model dataset arm norm norm_options stride layer layer_index shape channels_last precision batch_size
     place fused forward_median_s forward_p20_s forward_p80_s backward_median_s backward_p20_s backward_p80_s
@@ -33,11 +35,12 @@ LAYER_COLUMNS = """
     driver_version torch_version cuda_version made_at relu_inside
 """.split()  # noqa: SIM905
 SPREADS = ("median", "p20", "p80")
+STEPS = ("step", "without_norms", "relu_inside", "empty_layers")
 STEP_COLUMNS = [
     "arm",
-    *(f"{what}_{kind}_s" for what in ("step", "without_norms", "relu_inside") for kind in SPREADS),
+    *(f"{what}_{kind}_s" for what in STEPS for kind in SPREADS),
     *(f"norm_share_by_{how}{end}" for how in ("difference", "layers") for end in ("", "_p20", "_p80")),
-    *("gap", "gap_low", "gap_high", "agrees", "observing", "rounds"),
+    *("gap", "gap_low", "gap_high", "agrees", "odd_share", "observing", "rounds"),
 ]
 
 
@@ -136,21 +139,24 @@ def step_rows(body: Body) -> Iterator[Row]:
 def step_row(arm: Body, without: Body) -> Row:
     """An arm's step, what the norms take of it both ways, and whether the two agree.
 
-    `gap` is the share by layers less the share by difference: the rounds' median and its interval, which
-    takes nothing for granted about their distribution (the rounds' order statistics, 95 %). Agreeing means
-    that the interval contains 0 and is narrow enough to tell norms from none: it excludes the gap that layers
-    without any time would have. Neither is said where it contains both, or with fewer than 6 rounds.
+    `gap` is the share by layers less the share by difference, of one round's four steps: with and without
+    norms, as they are and watched. Its interval is that of the rounds' median by their order statistics
+    (`interval_of_median`), which takes the rounds for independent and nothing for granted about their
+    distribution. It speaks of this process: another has its tensors elsewhere in memory.
     """
     step, bare = arm["step_s"], without["step_s"]
     inside = [layer["layer"] for layer in arm["layers"] if layer["relu_inside"]]
     relus = summed([in_rounds(without["relus"][name]) for name in inside if name in without["relus"]], step)
+    names = [layer["layer"] for layer in arm["layers"]]
+    empty = summed([in_rounds(without["empty"][name]) for name in names if name in without["empty"]], step)
     layers = summed([in_rounds(layer) for layer in arm["layers"]], step)
     by_difference = [(a - b) / a for a, b in zip(step, bare, strict=True)]
-    by_layers = [(a - b) / c for a, b, c in zip(layers, relus, step, strict=True)]
+    by_layers = [(a - b - c) / d for a, b, c, d in zip(layers, empty, relus, step, strict=True)]
     gaps = [a - b for a, b in zip(by_layers, by_difference, strict=True)]
     low, high = interval_of_median(gaps)
-    row: Row = {"arm": arm["arm"], "rounds": len(step)}
-    for what, times in (("step", step), ("without_norms", bare), ("relu_inside", relus)):
+    odd = max(arm["odd_share"], without["odd_share"])
+    row: Row = {"arm": arm["arm"], "rounds": len(step), "odd_share": odd}
+    for what, times in zip(STEPS, (step, bare, relus, empty), strict=True):
         row |= {f"{what}_{kind}_s": value for kind, value in asdict(Spread.of(times)).items()}
     for how, shares in (("difference", by_difference), ("layers", by_layers)):
         spread = Spread.of(shares)
@@ -160,13 +166,14 @@ def step_row(arm: Body, without: Body) -> Row:
         "gap": Spread.of(gaps).median,
         "gap_low": low,
         "gap_high": high,
-        "agrees": agreement(low, high, Spread.of(by_difference).median),
+        "agrees": None if odd > ODD else agreement(low, high, Spread.of(by_difference).median),
         "observing": Spread.of_ratio(arm["observed_step_s"], step).median - 1,
     }
 
 
 def agreement(low: float | None, high: float | None, share: float) -> bool | None:
-    """Whether the interval of a gap contains 0; None where it contains the whole share just as well."""
+    """Whether the interval of a gap contains 0; None where it is so wide that it also contains the gap that
+    layers without any time would have, the share itself, or where there is no interval."""
     if low is None or high is None or low <= min(0.0, -share) <= max(0.0, -share) <= high:
         return None
     return low <= 0 <= high
@@ -178,7 +185,8 @@ def summed(columns: Sequence[Sequence[float]], like: Sequence[float]) -> list[fl
 
 
 def interval_of_median(numbers: Sequence[float]) -> tuple[float | None, float | None]:
-    """Distribution-free, at CONFIDENCE; None where there are too few numbers for one."""
+    """From the k-th least to the k-th greatest number, the narrowest such that the median lies within it with
+    a probability of CONFIDENCE at least (binomial; 4th to 12th of 15); None for fewer than 6 numbers."""
     from scipy import stats
 
     found: Any = stats.quantile_test(numbers).confidence_interval(CONFIDENCE)
@@ -212,5 +220,10 @@ def read_profile(key: str, path: str) -> Body:
         body = None
     if not isinstance(body, dict) or body.get("format") != FORMAT or not body.get("arms"):
         raise Refused(f"{key}={path} is no result of this version's profile")
+    try:
+        list(layer_rows(body))
+        list(step_rows(body))
+    except DAMAGE as error:
+        raise Refused(f"{key}={path}: what it holds is damaged; give another profile's folder") from error
     found: Body = body
     return found

@@ -1,8 +1,10 @@
 """A torch.profiler trace of one training step of every arm, for Perfetto and for TensorBoard."""
 
+import errno
 import gzip
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -31,13 +33,15 @@ def write_trace(own: Mapping[str, Steps], folder: Path) -> None:
             with spans(steps.layers), record_function(f"step: {name}"):
                 steps.once()
             profiler.step()
-    path = folder / "trace.json"
-    partly = folder / "trace.json.part"
-    profiler.export_chrome_trace(str(partly))
-    os.replace(partly, path)
+    with tempfile.TemporaryDirectory(prefix=".trace-", dir=folder) as beside:
+        exported = Path(beside) / "trace.json"
+        profiler.export_chrome_trace(str(exported))
+        if not exported.is_file():  # it says nothing of a full disk
+            raise OSError(errno.EIO, "the profiler could not write it", str(folder / "trace.json"))
+        os.replace(exported, folder / "trace.json")
     worker = f"{socket.gethostname()}_{os.getpid()}"
     copy = folder / "tensorboard" / f"{worker}.{time.time_ns()}.pt.trace.json.gz"
-    write_whole(copy, gzip.compress(path.read_bytes()))
+    write_whole(copy, gzip.compress((folder / "trace.json").read_bytes()))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ The backward pass of a layer lasts from the moment its output's gradient is comp
 that gradients of its parameters and sums within it are counted.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -70,7 +70,7 @@ class Watch:
 
 
 @contextmanager
-def watched(model: nn.Module, layers: Mapping[str, nn.Module], clock: Clock) -> Iterator[Watch]:
+def watched(layers: Mapping[str, nn.Module], clock: Clock) -> Iterator[Watch]:
     """Mark the passes of these layers meanwhile."""
     watch = Watch(clock)
 
@@ -125,6 +125,33 @@ def watched_relus(model: nn.Module, layers: Mapping[str, nn.Module], clock: Cloc
         handed_on.clear()
         for handle in handles:
             handle.remove()
+
+
+def odd_share(layers: Mapping[str, nn.Module], step: Callable[[], object]) -> float:
+    """The share of a step's values at norm layers' outputs, gradients included, whose arithmetic has a speed
+    of its own: not finite, or denormal in float32."""
+    least, counts = torch.finfo(torch.float32).tiny, [0, 0]
+
+    def count(values: Tensor) -> None:
+        size = values.detach().abs()
+        odd = ~size.isfinite()
+        if size.dtype != torch.float16:  # computed in float32
+            odd |= (size > 0) & (size < least)
+        counts[0] += int(odd.sum())
+        counts[1] += odd.numel()
+
+    def leave(module: nn.Module, args: Any, y: Tensor) -> None:
+        count(y)
+        if y.requires_grad:
+            y.register_hook(count)  # type: ignore[no-untyped-call]
+
+    handles = [layer.register_forward_hook(leave) for layer in layers.values()]
+    try:
+        step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts[0] / max(counts[1], 1)
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
