@@ -30,7 +30,7 @@ def write_trace(own: Mapping[str, Steps], folder: Path) -> None:
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities, record_shapes=True) as profiler:
         for name, steps in own.items():
-            with spans(steps.layers), record_function(f"step: {name}"):
+            with spans(steps.layers), span("step", name):
                 steps.once()
             profiler.step()
     with tempfile.TemporaryDirectory(prefix=".trace-", dir=folder) as beside:
@@ -44,13 +44,18 @@ def write_trace(own: Mapping[str, Steps], folder: Path) -> None:
     write_whole(copy, gzip.compress((folder / "trace.json").read_bytes()))
 
 
+def span(kind: str, name: str) -> Any:
+    """A span of the trace; the profiler leaves out one whose name is not all printable ASCII."""
+    return record_function(f"{kind}: " + "".join(c if " " <= c <= "~" else "?" for c in name))
+
+
 @contextmanager
 def spans(layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Forward passes of these layers as spans of the trace."""
     open_spans: list[Any] = []
 
     def enter(name: str, module: nn.Module, args: Any) -> None:
-        open_spans.append(record_function(f"norm: {name}"))
+        open_spans.append(span("norm", name))
         open_spans[-1].__enter__()
 
     def leave(module: nn.Module, args: Any, y: torch.Tensor) -> None:
