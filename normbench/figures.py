@@ -130,9 +130,8 @@ def grid(titles: Sequence[str], width: float, height: float = 1.75,
         axes.tick_params(labelsize=8)
         axes.locator_params(axis="x", nbins=4)
         axes.locator_params(axis="y", nbins=5)
-        axes.yaxis.set_major_formatter(
-            lambda value, _: short(value)
-        )  # a common factor would lie on the title
+        # not matplotlib's, whose common factor would lie on the title
+        axes.yaxis.set_major_formatter(lambda value, _: short(value))
         if i >= n - columns:
             axes.tick_params(labelbottom=True)
         head(axes, wrapped(titles[i], int(11 * width / columns)))

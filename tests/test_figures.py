@@ -18,6 +18,7 @@ from normbench.figures import (
     lay_out,
     legend,
     safe_stem,
+    short,
     svg_of,
     words_of,
 )
@@ -67,6 +68,10 @@ def test_equal_figures_are_equal_files_with_their_words_as_text() -> None:
     texts = [node.text for node in ElementTree.fromstring(text).iter("{http://www.w3.org/2000/svg}text")]
     assert "$x$" in " ".join(filter(None, texts)) and "DejaVu Sans" in text
     assert {color for color in CYCLE if color in text} == set(CYCLE)
+
+
+def test_numbers_on_axes_are_short() -> None:
+    assert [short(x) for x in (0.25, -0.02, 2e-6, -1e12, 1.0)] == ["0.25", "−0.02", "2e−6", "−1e12", "1"]
 
 
 def test_names_of_files_are_safe_and_no_two_are_one() -> None:
