@@ -9,7 +9,9 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Callable, Collection, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -278,7 +280,7 @@ def lay_out(figure: Figure) -> None:
 def svg_of(figure: Figure, name: str) -> str:
     """The figure as an SVG file, text as text, the same for equal figures; `name` makes its ids its own."""
     file = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), any_letters():
         lay_out(figure)
         figure.patch.set_gid("paper")
         canvas: Any = FigureCanvasSVG(figure)  # by savefig everything would be drawn twice
@@ -288,7 +290,15 @@ def svg_of(figure: Figure, name: str) -> str:
     return re.sub(r"[ \t]+(?=\n)|^[ \t]+", "", in_tags(UNUSED_ID, "", text), flags=re.M)
 
 
-def in_tags(pattern: re.Pattern[str], by: str, text: str) -> str:
+@contextmanager
+def any_letters() -> Iterator[None]:
+    """No warning where the font that matplotlib measures by lacks letters; text is shown by the reader's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font")
+        yield
+
+
+def in_tags(pattern: re.Pattern[str], by: str | Callable[[re.Match[str]], str], text: str) -> str:
     """Replace in the tags only: what a label says stays as it is."""
     return re.sub(r"<[^>]*>", lambda tag: pattern.sub(by, tag[0]), text)
 

@@ -17,11 +17,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from normbench.figures import PHONE, WIDTH, Sketch, in_tags, svg_of, words_of
+from normbench.figures import PHONE, WIDTH, Sketch, any_letters, in_tags, svg_of, words_of
 from normbench.plan import write_whole
 
 MARGIN = 4.0  # points around what is cropped
 Job = tuple[str, Sketch, Path]
+ID = re.compile(r' id="([^"]*)"')
 COLOUR = re.compile(r"#([0-9a-f]{6})(?=[;\"])")
 
 
@@ -78,14 +79,6 @@ def draw_inherited(place: int) -> Drawing | None:
 
 def drawing_of(name: str, sketch: Sketch, folder: Path) -> Drawing | None:
     """Draw a figure, and save it as `folder/<name>.svg`; None where there is nothing to draw."""
-    with warnings.catch_warnings():
-        # matplotlib measures by a font that may lack a name's letters; text stays text, the reader's has them
-        warnings.filterwarnings("ignore", r"Glyph .* missing from font")
-        return drawn(name, sketch, folder)
-
-
-def drawn(name: str, sketch: Sketch, folder: Path) -> Drawing | None:
-    """The figure, on a desk and on a telephone."""
     figure = sketch.make(WIDTH)
     if figure is None:
         return None
@@ -108,7 +101,8 @@ def in_page(text: str, figure: Figure, size: str, alt: str) -> str:
     height = 72 * float(figure.get_figheight())
     top, bottom = 0.0, height
     for gid, part in words_of(figure).items():
-        box = part.get_window_extent()
+        with any_letters():
+            box = part.get_window_extent()
         low, high = (height * (1 - y / figure.bbox.height) for y in (box.y0, box.y1))
         if gid == "title":
             top = math.floor(low + MARGIN / 2)
@@ -120,7 +114,7 @@ def in_page(text: str, figure: Figure, size: str, alt: str) -> str:
     body = re.sub(r"<style[^>]*>.*?</style>", "", body, flags=re.S)
     body = in_tags(COLOUR, r"var(--c\1)", body)
     meant = set(re.findall(r'(?:url\(#|href="#)([^")]+)', body))
-    body = in_tags(re.compile(rf' id="(?!(?:{"|".join(map(re.escape, meant))})")[^"]*"'), "", body)
+    body = in_tags(ID, lambda found: found[0] if found[1] in meant else "", body)
     shown = f'viewBox="0 {top:g} {width:g} {bottom - top:g}" role="img" aria-label="{escape(alt)}"'
     head = f'<svg class="{size}" {shown}>'
     return head + re.sub(r"\n+", "\n", body)

@@ -250,7 +250,7 @@ class Builder:
             if len(traced.norms) > MOST_CHANNELS:
                 shown = ", ".join(list(traced.norms)[:MOST_CHANNELS])
                 command = shlex.join(["python", "-m", "normbench.traces", str(self.study.folder)])
-                made.words.append(f"Channel by channel below: {shown}. For the other arms: {command}")
+                made.words.append(f"Channel by channel below: {shown}; `{command}` draws all arms so.")
         return made
 
     def quantiles(self) -> Section:
