@@ -163,5 +163,5 @@ def try_out(model: nn.Module, shape: tuple[int, ...], blame: str) -> None:
         model(torch.zeros(shape, device="meta"))
     except ValueError as error:
         raise Refused(f"{blame}: {error}") from error
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError, TypeError):
         return

@@ -70,6 +70,8 @@ class Observation:
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operators that reach the dispatcher while a layer is marked as running."""
 
+    supports_higher_order_operators = True  # a stranger's layer may call torch.cond and its like
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.phase = "forward"
@@ -79,7 +81,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if self.running is not None:
-            self.running.ops.setdefault(self.phase, Counter())[str(func.overloadpacket)] += 1
+            name = str(getattr(func, "overloadpacket", func))
+            self.running.ops.setdefault(self.phase, Counter())[name] += 1
         return func(*args, **(kwargs or {}))
 
 
