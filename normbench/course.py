@@ -99,7 +99,8 @@ class Course:
 class Run:
     """One session while it trains: how far it is, and what it writes.
 
-    `outcome` and the reported `weights` are there when it has ended; `lost`: another process took it.
+    `outcome`, the reported `weights` and, to be kept, the last step's `body` are there when it has ended;
+    `lost`: another process took it.
     """
 
     title: str
@@ -110,6 +111,7 @@ class Run:
     checkpoints: Checkpoints
     outcome: Outcome | None = None
     weights: dict[str, Tensor] | None = None
+    body: dict[str, Any] | None = None
     lost: bool = False
 
     def write(self, row: EpochRow, progress: SessionProgress) -> None:

@@ -184,8 +184,10 @@ def finish(ready: Prepared, each: Claimed, run: Run) -> None:
     )
     run.scalars.end(row, outcome.rows[-1].step)
     (folder / "failure.json").unlink(missing_ok=True)
-    if not config.checkpoint["keep"]:
+    if run.body is None:
         run.checkpoints.remove()
+    else:
+        run.checkpoints.write(run.body)
     paid = "no whole epoch" if row["epoch_time_s"] is None else f"{row['epoch_time_s']:.3f} s an epoch"
     accuracy = f"test_acc {outcome.reported.test_acc:.4f}, {paid}"
     say(f"{run.title}: {outcome.status}, {accuracy}, row in {folder / 'session.json'}")

@@ -215,6 +215,8 @@ def train(ready: Prepared, seeds: Sequence[Seeds], runs: Sequence[Run], progress
                 note(course, step)
                 run.outcome = course.selection.outcome(course.rows, steps_per_epoch, course.elapsed_s)
                 run.weights = course.selection.weights
+                if config.checkpoint["keep"]:
+                    run.body = {**course.body(ready), "ended": True}
         runs = [run for run in runs if run not in ending]
         if ranks.told(due(ended)):
             save(step)

@@ -15,6 +15,7 @@ from conftest import Trainer
 from normbench import checkpoint, training
 from normbench.config import conf_dir
 from normbench.plan import Plan, read_json
+from normbench.predict.weights import of_session
 
 NORMS = sorted(f.stem for f in (conf_dir() / "norm").glob("*.yaml") if f.stem != "custom")
 TINY = ["dataset.train_subset=96", "dataset.test_subset=64", "batch.size=24", "model.width=4", "threads=1",
@@ -57,6 +58,19 @@ def assert_same(a: Plan, b: Plan) -> None:
     one, other = weights(a), weights(b)
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("extra", [(), ("pack=2", "session=0,1")], ids=["alone", "packed"])
+def test_a_kept_checkpoint_is_the_last_steps(train: Trainer, extra: tuple[str, ...]) -> None:
+    small = [option for option in TINY if not option.startswith(("epochs", "checkpoint"))]
+    plan = train(*small, "epochs=1", "checkpoint.every=null", "checkpoint.keep=true", *extra)
+    for planned in plan.sessions:
+        folder = plan.session_folder(planned)
+        body, model = checkpoint.read(folder / "checkpoint.pt"), torch.load(folder / "model.pt")
+        assert body["step"] == body["selection"]["step"] == body["rows"][-1]["step"] == STEPS // 3
+        assert all(torch.equal(tensor, body["model"][name]) for name, tensor in model.items())
+        (folder / "model.pt").unlink()
+        assert of_session(folder, {"status": "ok"}) == folder / "checkpoint.pt"
 
 
 @pytest.fixture

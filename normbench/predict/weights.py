@@ -138,11 +138,22 @@ def of_session(folder: Path, row: Row | None) -> Path:
     )
     if row is None:
         raise Refused(f"{folder} has not finished; run its command again{so_far}")
-    if not saved.is_file():
-        raise Refused(
-            f"{folder} did not keep the weights that its row reports; train it with save_model=true{so_far}"
-        )
-    return saved
+    if saved.is_file():
+        return saved
+    if checkpointed and reported(folder / checkpoint.NEWEST):
+        return folder / checkpoint.NEWEST
+    raise Refused(
+        f"{folder} did not keep the weights that its row reports; train it with save_model=true{so_far}"
+    )
+
+
+def reported(path: Path) -> bool:
+    """Whether a checkpoint is of an ended session, and of the evaluation that its row reports."""
+    try:
+        body = checkpoint.read(path)
+    except checkpoint.Damaged:
+        return False
+    return bool(body.get("ended")) and body["selection"]["step"] == body["step"]
 
 
 def read_state(source: Source) -> State:
