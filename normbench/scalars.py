@@ -25,9 +25,8 @@ NAMES = {
     "epoch_time_s": "time/epoch_s",
     "images_per_s": "time/images_per_s",
 }
-HYPERPARAMETERS = ("arm", "model", "dataset", "norm", "stride", "lr", "batch_size", "precision", "seed",
-                   "session")  # fmt: skip
-FINAL = ("test_acc", "test_loss", "best_test_acc", "val_acc", "train_acc", "epoch_time_s")
+HYPERPARAMETERS = ("model", "norm", "stride", "lr", "batch_size")  # the tab shows five unasked
+FINAL = ("test_acc", "test_loss", "epoch_time_s", "best_test_acc", "val_acc", "train_acc")
 
 
 class Scalars:
@@ -47,9 +46,13 @@ class Scalars:
             self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def begin(self, row: Row) -> None:
-        """The session's hyperparameters, for the HPARAMS tab; the same names in every session."""
+        """The session's hyperparameters, for the HPARAMS tab: a line an arm, with its sessions' mean metrics.
+
+        They have the same names in every session, and in one arm the same values.
+        """
         if self.writer is None:
             return
+        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
         from torch.utils.tensorboard.summary import hparams
 
         # a norm without a stride says so: the tab's columns are those of its first session
@@ -57,6 +60,10 @@ class Scalars:
         values["stride"] = str(values["stride"])
         metrics = {f"final/{name}": 0.0 for name in FINAL}
         experiment, begun, _ = hparams(values, metrics)  # type: ignore[no-untyped-call]
+        data = begun.value[0].metadata.plugin_data
+        said = HParamsPluginData.FromString(data.content)
+        said.session_start_info.group_name = str(row["setting"])
+        data.content = said.SerializeToString()
         self.writer.file_writer.add_summary(experiment)
         self.writer.file_writer.add_summary(begun)
         self.writer.flush()

@@ -1,4 +1,8 @@
-"""What one session's watches saw, into its files and TensorBoard."""
+"""What one session's watches saw, into its files and TensorBoard.
+
+TensorBoard's groups go by the first word of a tag: `trace_…` comes after accuracy, loss and time, and the
+histograms, a card a run, are a group of their own.
+"""
 
 import contextlib
 import math
@@ -53,13 +57,13 @@ class SessionTraces:
             for name, values in found.items():
                 shown = zip(sample.channels[:SCALAR_CHANNELS], values, strict=False)
                 for channel, value in shown:
-                    self.scalars.add(f"{name}/{sample.layer}/{channel}", value, sample.step)
+                    self.scalars.add(f"trace_{name}/{sample.layer}/{channel}", value, sample.step)
 
     def whole_norms(self, samples: Iterable[Sample]) -> None:
         """The latest traced step with every channel: histograms."""
         for sample in samples:
-            for name, values in zip(sample.quantities, sample.values[:, self.seat].numpy(), strict=True):
-                self.scalars.histogram(f"{name}/{sample.layer}", values, sample.step)
+            for name, values in zip(sample.quantities, sample.values[:, self.seat], strict=True):
+                self.scalars.histogram(f"trace_histograms/{name}/{sample.layer}", values, sample.step)
 
     def features(self, row: EpochRow, part: str, layers: Sequence[Found], peaks: Values) -> None:
         """An evaluation: a row a layer, and one of the logits' peaks."""
@@ -70,17 +74,17 @@ class SessionTraces:
             rows.append([*at, found.layer, *quantiles, part, found.values.size, found.out_of])
             for name, value in zip(COLUMNS["features"][3:7], quantiles, strict=True):
                 if value is not None:
-                    self.scalars.add(f"features/{found.layer}/{name}", float(value), row.step)
+                    self.scalars.add(f"trace_features/{found.layer}/{name}", float(value), row.step)
             thinned = found.values[:: math.ceil(found.values.size / HISTOGRAM_VALUES) or 1]
-            self.scalars.histogram(f"features/{found.layer}", thinned, row.step)
+            self.scalars.histogram(f"trace_histograms/features/{found.layer}", thinned, row.step)
         self.tables["features"].append(rows)
         with np.errstate(all="ignore"):
             mean = float(peaks.mean(dtype=np.float64))
         numbers = (mean, *quantiles_of(peaks))
         self.tables["logits"].append([[*at, *numbers, part]])
         for name, value in zip(COLUMNS["logits"][2:7], numbers, strict=True):
-            self.scalars.add(f"logits/{name}", value, row.step)
-        self.scalars.histogram("logits/peak", peaks, row.step)
+            self.scalars.add(f"trace_logits/{name}", value, row.step)
+        self.scalars.histogram("trace_histograms/logits/peak", peaks, row.step)
 
     def close(self) -> None:
         """Close the files."""
