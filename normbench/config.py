@@ -81,6 +81,12 @@ class Config:
         given = self.checkpoint["every"]
         return None if given is None else every("checkpoint.every", given)
 
+    @property
+    def traces_every(self) -> Interval | None:
+        """How often to trace a step; None: as seldom as costs nothing."""
+        given = self.traces["every"]
+        return None if given is None else interval("traces.every", given, "steps")
+
     @classmethod
     def of(cls, values: Values, choices: Mapping[str, str]) -> "Config":
         """The typed view of checked, resolved values."""
@@ -190,6 +196,7 @@ class Composer:
             check_world(values)
             check_together(values)
             check_pack(values)
+            check_traces(values, schema)
         return values, choices
 
     def check(self, values: Values, schema: Values, skip: str | None) -> None:
@@ -229,15 +236,27 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
+def check_traces(values: Values, schema: Values) -> None:
+    """Refuse what is asked of traces that are not taken."""
+    for key, value in values["traces"].items():
+        kind = "features" if key == "features" else "norms"
+        if value != schema["traces"][key] and kind not in trace("trace", values["trace"]):
+            raise Refused(f"traces.{key}={show(value)} changes nothing without trace={kind}; add that")
+
+
 def unknown_key(key: str, known: Mapping[str, Any]) -> str:
     """`unknown key 'epoch'; did you mean 'epochs'?`, looking beside it first and then everywhere."""
     parent, _, leaf = key.rpartition(".")
     beside = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
     anywhere = {k.rpartition(".")[2]: k for k in known}
+    if inside := [k for k in known if k.startswith(f"{key}.")]:
+        return f"{key} holds other keys; set one of them: {', '.join(inside)}"
     for names in (beside, anywhere):
         close = closest(leaf, names)
         if close:
-            return f"unknown key '{key}'; did you mean '{names[close]}'?"
+            same = [k for k in known if k.rpartition(".")[2] == close]
+            meant = names[close] if names is beside else closest(key, same) or names[close]
+            return f"unknown key '{key}'; did you mean '{meant}'?"
     return f"unknown key '{key}'" + (f"; there are {', '.join(beside.values())}" if parent and beside else "")
 
 

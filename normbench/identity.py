@@ -90,6 +90,11 @@ def short_names(ids: Mapping[str, str]) -> dict[str, str]:
     return short if len(set(short.values())) == len(short) else dict(zip(ids, ids, strict=True))
 
 
+def outside(key: str) -> bool:
+    """Whether a key is no part of a setting."""
+    return key in OUTSIDE or key.split(".")[0] in OUTSIDE
+
+
 def result_changing(values: Values, choices: Mapping[str, str]) -> Values:
     """The flat values that make a setting what it is."""
     kept: Values = {group: choices[group] for group in ("model", "dataset", "norm")}
@@ -97,7 +102,7 @@ def result_changing(values: Values, choices: Mapping[str, str]) -> Values:
     for key, value in flatten(values):
         leaf = key.rpartition(".")[2]
         named = leaf == "_target_" and not (key == "norm._target_" and choices["norm"] == "custom")
-        if named or leaf == "_partial_" or key in OUTSIDE or key.split(".")[0] in OUTSIDE:
+        if named or leaf == "_partial_" or outside(key):
             continue
         if key == "eval_every":
             every = interval(key, value, unit)

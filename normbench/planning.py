@@ -10,12 +10,13 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
 from normbench.config import Composer, plain
-from normbench.identity import identify
+from normbench.identity import Setting, identify, outside
 from normbench.plan import Arm, Plan
 from normbench.study import Fidelity, Study
 from normbench.values import Refused, nearest
 
 BESIDE_ARMS = ("session", "seed", "study", "fidelity")
+LISTS = ("trace", "traces.layers", "traces.channels", "traces.features")  # keys that take several values
 COMMAND_KEYS = ("retry_failed", "fail_fast", "stop_when_decided", "margin")  # of one command, not of its plan
 
 
@@ -41,13 +42,26 @@ def make_plan(composer: Composer, master: DictConfig, arguments: Sequence[str]) 
             values, choices = composer.compose([*beside, *overrides])
             setting = identify(values, choices, *composer.usual(choices))
             if setting.hash in arms and len(versions) == 1:
-                raise Refused(f"two arms are one setting ({setting.id}): {' '.join(overrides)}; give it once")
+                raise Refused(given_twice(setting, overrides, shared))
             kept = {key: value for key, value in values.items() if key not in COMMAND_KEYS}
             arms.setdefault(setting.hash, Arm.of(setting, kept, choices))
     default = [master.session] if study.sessions is None else list(range(study.sessions))
     sessions = numbers(typed.get("session"), "session", default)
     seeds = numbers(typed.get("seed"), "seed", [master.seed])
     return Plan.interleaved(study.name, list(arms.values()), sessions, seeds)
+
+
+def given_twice(setting: Setting, overrides: Sequence[str], shared: Iterable[Override]) -> str:
+    """Why two arms are one setting, and the cure."""
+    for override in shared:
+        key = str(override.key_or_group)
+        if override.is_sweep_override() and outside(key) and key != "stride":
+            values = str(override.input_line).partition("=")[2]
+            whole = f", or all of them as one: {key}=[{values}]" if key in LISTS else ""
+            return (
+                f"{override.input_line}: {key} changes no result, so it makes no arms; give one value{whole}"
+            )
+    return f"two arms are one setting ({setting.id}): {' '.join(overrides)}; give it once"
 
 
 def by_key(overrides: Iterable[Override], where: str) -> dict[str, Override]:

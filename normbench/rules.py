@@ -111,8 +111,8 @@ def trace(key: str, value: Any) -> list[str]:
     names = [] if value is None else value if isinstance(value, list) else [value]
     for name in names:
         if name not in TRACES:
-            there = "norms, features or [norms,features]"
-            raise ValueError(f"{key} must be {there}, got {name!r}{nearest(name, TRACES)}")
+            there = "norms, features, [norms,features] or null"
+            raise ValueError(f"{key} must be {there}, got {name!r}{nearest(str(name), TRACES)}")
     return [name for name in TRACES if name in names]
 
 
@@ -211,7 +211,7 @@ RULES: dict[str, Rule] = {
     "margin": optional(margin),
     "checkpoint.every": optional(every),
     "trace": trace,
-    "traces.every": partial(interval, unit="steps"),
+    "traces.every": optional(partial(interval, unit="steps")),
     "traces.layers": names_or_all,
     "traces.channels": channels,
     "traces.features": names_or_all,

@@ -22,7 +22,7 @@ def chosen(key: str, wanted: str | Sequence[str], places: Sequence[str], known: 
         known: every name that may be given.
     Raises: Refused — a name that is not known.
     """
-    if wanted == "all":
+    if wanted in ("all", ["all"]):
         return list(places)
     names: list[str] = []
     for name in [wanted] if isinstance(wanted, str) else wanted:
