@@ -17,10 +17,9 @@ from normbench.graphed import GraphedStep, why_not
 from normbench.manifest import Observation, idle_options, kernels_of, observe
 from normbench.optim import Schedule, make_optimizer
 from normbench.packing import PackedDropout, of_one, own_models, packed
-from normbench.rules import interval
 from normbench.seeds import Seeds
 from normbench.traces.features import FeatureWatch
-from normbench.traces.norms import NormWatch
+from normbench.traces.norms import NormWatch, steps_between
 from normbench.training import (
     Prepared,
     autocast,
@@ -92,8 +91,7 @@ def watch(ready: Prepared) -> None:
             ready.model,
             ready.models[0],
             config.traces,
-            every=interval("traces.every", config.traces["every"], "steps"),
-            steps_per_epoch=data.train.steps_per_epoch,
+            every=steps_between(config.traces_every, data.train.steps_per_epoch),
             seats=len(ready.models),
             hooked=hooked,
         )

@@ -19,16 +19,19 @@ from planted import Plain
 from test_graphed import stand_in
 from test_resume import assert_same, killed  # noqa: F401  # a fixture
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from normbench import preparing, training
 from normbench.figures import svg_of, words_of
 from normbench.graphed import GraphedStep
 from normbench.plan import Plan
+from normbench.rules import Interval
 from normbench.seeds import Seeds
 from normbench.traces import figures, tables
 from normbench.traces.choosing import channels_of, feature_names, units
 from normbench.traces.features import Seen, quantiles_of
 from normbench.traces.moments import Moments
+from normbench.traces.norms import steps_between
 from normbench.traces.reading import arms_of, read_traces
 
 TINY = ["model.width=4", "dataset.train_subset=96", "dataset.test_subset=64", "batch.size=24", "epochs=2",
@@ -71,10 +74,9 @@ def test_the_moments_of_every_norm_are_those_of_its_sample_or_unknown(name: str)
     layer = build(name, 4, torch.float32)
     x = (torch.randn(6, 4, 5, 3) * 2 + torch.arange(4.0).view(1, 4, 1, 1)).requires_grad_()
     twin, seen = copy.deepcopy(layer), Moments()
+    torch.manual_seed(0)
     seen.enter(x)
-    with seen:
-        torch.manual_seed(0)
-        y = layer(x)
+    y = layer(x)
     seen.leave()
     torch.manual_seed(0)
     assert torch.equal(y, twin(x))  # watched or not, it is the same
@@ -115,8 +117,8 @@ def test_moments_are_found_however_a_stranger_writes_them(way: str) -> None:
     x = (torch.randn(6, 4, 5, 3) * 2 + 1).requires_grad_()
     seen = Moments()
     seen.enter(x)
-    with seen:
-        WRITTEN[way](x)
+    WRITTEN[way](x)
+    seen.leave()
     assert seen.mean is not None and seen.var is not None
     torch.testing.assert_close(seen.mean.float(), x.detach().mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     expected = x.detach().var((0, 2, 3), correction=0)
@@ -135,9 +137,55 @@ def test_what_is_no_batch_moment_stays_unknown() -> None:
         lambda: nn.functional.batch_norm(x, torch.zeros(4), torch.ones(4)),  # evaluation
     ):
         seen.enter(x)
-        with seen:
-            wrong()
+        wrong()
+        seen.leave()
         assert seen.mean is None and seen.var is None
+
+
+def in_place(x: Tensor) -> None:
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    var.add_(1e-5).rsqrt_()
+    mean.neg_()
+
+
+def branching(x: Tensor) -> None:
+    torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+    torch.var_mean(x, (0, 2, 3), correction=0)
+
+
+@pytest.mark.parametrize("layer", [in_place, branching])
+def test_what_a_layer_does_beside_measuring_is_its_own_affair(layer: Callable[[Tensor], None]) -> None:
+    x, seen = torch.randn(6, 4, 5, 3) * 2 + 1, Moments()
+    seen.enter(x)
+    layer(x)
+    seen.leave()
+    assert seen.mean is not None and seen.var is not None
+    torch.testing.assert_close(seen.mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(seen.var, x.var((0, 2, 3), correction=0))
+
+
+def test_channels_in_another_order_are_no_moments() -> None:
+    x, seen = torch.randn(6, 4, 5, 3), Moments()
+    for order in (lambda: x[:, [3, 2, 1, 0]], lambda: x.index_select(1, torch.tensor([1, 0, 3, 2]))):
+        seen.enter(x)
+        order().mean((0, 2, 3))
+        seen.leave()
+        assert seen.mean is None
+
+
+def test_a_compiled_part_of_a_layer_stays_compiled() -> None:
+    calls = []
+
+    def backend(graph: Any, examples: Any) -> Any:
+        return lambda *given: calls.append(0) or graph(*given)
+
+    compiled = torch.compile(lambda x: x - x.mean((0, 2, 3), keepdim=True), backend=backend)
+    x, seen = torch.randn(6, 4, 5, 3), Moments()
+    compiled(x)
+    seen.enter(x)
+    compiled(x)
+    seen.leave()
+    assert len(calls) == 2
 
 
 class Noting(Plain):
@@ -159,7 +207,7 @@ def test_a_strangers_values_are_those_it_used(train: Trainer) -> None:
     assert len(frame) == 4 * 16 and frame["channel"].tolist() == 4 * list(range(16))
     for (mean, var), (_, rows) in zip(used, frame.groupby("step"), strict=True):
         assert torch.equal(torch.tensor(rows["batch_mean"].to_numpy(np.float32)), mean)
-        assert torch.equal(torch.tensor(rows["batch_std"].to_numpy(np.float32)), var.sqrt())
+        np.testing.assert_array_equal(rows["batch_std"].to_numpy(np.float32), np.sqrt(var.numpy()))
 
 
 class Odd(nn.Module):
@@ -319,6 +367,10 @@ def test_recorded_steps_are_traced_as_they_are(plan_of: Planner, monkeypatch: py
     assert [sample.step for sample in watch.drain()[0]] == [1] * 3 + [3] * 3 + [6] * 3
 
 
+def interrupted(*given: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_hooks_are_there_on_traced_steps_alone(plan_of: Planner) -> None:
     plan = plan_of(*TINY, "norm=mbn", BOTH)
     ready = preparing.prepare(plan.config(plan.sessions[0]))
@@ -328,9 +380,15 @@ def test_hooks_are_there_on_traced_steps_alone(plan_of: Planner) -> None:
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in ready.model.modules())
 
     counts = []
-    for step in (1, 2, 10):
+    for step in (1, 2, 20):  # four steps an epoch
         with ready.norm_watch.step(1, step):
             counts.append(hooks())
+    norm = ready.model.get_submodule("prep.norm")
+    with pytest.raises(KeyboardInterrupt), ready.norm_watch.step(1, 1):
+        norm.register_forward_pre_hook(interrupted)
+        ready.model(torch.zeros(2, 1, 8, 8))
+    norm._forward_pre_hooks.clear()
+    assert not is_in_torch_dispatch_mode()
     with (
         pytest.raises(ZeroDivisionError),
         ready.norm_watch.step(1, 1),
@@ -405,9 +463,18 @@ def test_a_diverged_session_keeps_its_traces(train: Trainer) -> None:
     [
         (
             "trace=norm",
-            "trace must be norms, features or [norms,features], got 'norm'; did you mean 'norms'?",
+            "trace must be norms, features, [norms,features] or null, got 'norm'; did you mean 'norms'?",
         ),
         ("trace=[norms,feature]", "got 'feature'; did you mean 'features'?"),
+        (
+            "trace=norms,features",
+            "it makes no arms; give one value, or all of them as one: trace=[norms,features]",
+        ),
+        ("threads=1,2", "threads changes no result, so it makes no arms; give one value"),
+        ("traces.every=2", "traces.every=2 changes nothing without trace=norms; add that"),
+        ("trace=norms traces.features=[fc]", "changes nothing without trace=features; add that"),
+        ("trace.every=2", "unknown key 'trace.every'; did you mean 'traces.every'?"),
+        ("traces=null", "traces holds other keys; set one of them: traces.every, traces.layers, "),
         ("traces.every=0", "traces.every must be a count ≥ 1"),
         ("traces.channels=0", "traces.channels must be all, a count ≥ 1 or a list like [0,-1], got 0"),
         ("traces.channels=[a]", "traces.channels must be all"),
@@ -429,6 +496,12 @@ def test_what_a_trace_cannot_look_at_is_refused_in_one_line(
     assert line in said and said.count("\n") == 1
 
 
+def test_by_default_ten_steps_of_an_epoch_are_traced_and_no_more_than_one_in_20() -> None:
+    every = [steps_between(None, steps) for steps in (1, 12, 209, 210, 469, 30_000)]
+    assert every == [20, 20, 20, 21, 46, 3000]
+    assert steps_between(Interval(1, "epochs"), 12) == 12 and steps_between(Interval(1, "steps"), 469) == 1
+
+
 def test_first_middle_last_units_and_channels(plan_of: Planner) -> None:
     from normbench.building import build as build_model
 
@@ -437,6 +510,11 @@ def test_first_middle_last_units_and_channels(plan_of: Planner) -> None:
         return build_model(plan.config(plan.sessions[0]))
 
     ask = {"features": ["first", "middle", "last", "head_input"]}
+    assert (
+        feature_names(model(), {"features": ["all"]})
+        == units(model())
+        == feature_names(model(), {"features": "all"})
+    )
     assert feature_names(model(), ask) == ["prep", "res1b", "layer3", "head_input"]
     assert feature_names(model("model.norm_layers=none"), ask) == ["prep", "res1b", "layer3", "head_input"]
     resnet = model("model=resnet50", "dataset=cifar10")
@@ -461,8 +539,11 @@ def test_tensorboard_reads_scalars_histograms_and_hyperparameters(train: Trainer
     assert set(events.Runs()) == set(runs)
     for name, planned in runs.items():
         assert [e.step for e in events.Tensors(name, "loss/train")] == [4, 8]
-        assert len(events.Tensors(name, "batch_std/layer3.norm/15")) == 8
-        assert {"features/prep", "weight/prep.norm", "logits/peak"} <= set(events.Runs()[name]["tensors"])
+        assert len(events.Tensors(name, "trace_batch_std/layer3.norm/15")) == 8
+        histograms = {
+            f"trace_histograms/{what}" for what in ("features/prep", "weight/prep.norm", "logits/peak")
+        }
+        assert histograms <= set(events.Runs()[name]["tensors"])
         row = pd.read_csv("outputs/adhoc/results.csv").set_index("launch_order").loc[planned.launch_order]
         shown = events.Tensors(name, "final/test_acc")[0].tensor_proto.float_val[0]
         assert shown == pytest.approx(row["test_acc"])
@@ -472,20 +553,19 @@ def test_tensorboard_reads_scalars_histograms_and_hyperparameters(train: Trainer
     experiment = context.experiment_from_metadata(
         RequestContext(), "", True, context.hparams_metadata(RequestContext(), ""), []
     )
-    assert {h.name for h in experiment.hparam_infos} >= {
-        "arm",
-        "norm",
-        "stride",
-        "lr",
-        "batch_size",
-        "session",
-    }
+    assert {h.name for h in experiment.hparam_infos} >= {"norm", "stride", "lr", "batch_size"}
     statuses = [api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILURE, api_pb2.STATUS_RUNNING]
     request = api_pb2.ListSessionGroupsRequest(start_index=0, slice_size=9, allowed_statuses=statuses)
     groups = list_session_groups.Handler(RequestContext(), context, "", request).run().session_groups
     assert {(g.hparams["norm"].string_value, g.hparams["stride"].string_value) for g in groups} == {
         ("obn", "none"), ("mbn", "1")}  # fmt: skip
-    assert len(groups) == 4 and all(g.sessions[0].status == api_pb2.STATUS_SUCCESS for g in groups)
+    assert {g.name for g in groups} == {arm.setting for arm in plan.arms}
+    assert all(s.status == api_pb2.STATUS_SUCCESS for g in groups for s in g.sessions)
+    rows = pd.read_csv("outputs/adhoc/results.csv").groupby("setting")["test_acc"].mean()
+    for group in groups:
+        assert len(group.sessions) == 2
+        shown = next(m.value for m in group.metric_values if m.name.tag == "final/test_acc")
+        assert shown == pytest.approx(rows[group.name])
     assert {m.name.tag for g in groups for m in g.metric_values} >= {"final/test_acc", "final/epoch_time_s"}
 
 
@@ -504,8 +584,8 @@ def test_tensorboard_forgets_what_a_killed_session_did_after_its_checkpoint(
     train(*command)
     after = EventAccumulator(str(folder), {"scalars": 0, "histograms": 0}).Reload()
     assert [e.step for e in after.Scalars("loss/train")] == [3, 6, 9, 12]
-    assert [e.step for e in after.Scalars("weight/prep.norm/0")] == list(range(1, 13))
-    assert [e.step for e in after.Histograms("weight/prep.norm")] == [3, 6, 9, 12]
+    assert [e.step for e in after.Scalars("trace_weight/prep.norm/0")] == list(range(1, 13))
+    assert [e.step for e in after.Histograms("trace_histograms/weight/prep.norm")] == [3, 6, 9, 12]
 
 
 # ---- figures ---------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from normbench import ranks
 from normbench.traces.choosing import HEAD_INPUT, feature_names, head_of
 
 QUANTILES = (0.01, 0.2, 0.8, 0.99)
-MOST_VALUES = 2**20  # of a layer in an evaluation: a larger output is sampled evenly
+MOST_VALUES = 2**18  # of a layer in an evaluation: of a larger output an even sample, whose 1 % is ±0.02 %
 Values = NDArray[np.float32]
 
 

@@ -4,16 +4,19 @@
         train_step(…)                   calls watch.take() between gradients and update
     for samples in watch.drain(): …     off the clock: what was seen since, on the CPU
 
-On the clock a traced step costs the dispatch mode inside the chosen layers and a few small copies on the
-device; nothing waits for it.
+On the clock a traced step costs the dispatch mode inside the chosen layers and two copies on the device;
+nothing waits for it.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -21,6 +24,17 @@ from normbench.building import norm_layers_of
 from normbench.rules import Interval
 from normbench.traces.choosing import channels_of, norm_names, width_of
 from normbench.traces.moments import Moments
+
+TRACES_AN_EPOCH = 10
+FEWEST_STEPS = 20  # from one traced step to the next
+HELD = ("running_mean", "running_var", "weight", "bias")
+
+
+def steps_between(every: Interval | None, steps_per_epoch: int) -> int:
+    """From one traced step to the next; None is ten an epoch, and never more than one step in 20."""
+    if every is None:
+        return max(FEWEST_STEPS, steps_per_epoch // TRACES_AN_EPOCH)
+    return every.count * (steps_per_epoch if every.unit == "epochs" else 1)
 
 
 @dataclass
@@ -35,6 +49,20 @@ class Sample:
     layer: str
     quantities: list[str]
     channels: list[int]
+    values: NDArray[np.float32]
+
+
+@dataclass
+class Taken:
+    """What all layers had on one traced step: a vector on the device, of `contents` in turn.
+
+    `contents` are (layer, quantity); `batch_std` is still the variance, gradients are still scaled.
+    """
+
+    epoch: int
+    step: int
+    scale: float
+    contents: tuple[tuple[str, str], ...]
     values: Tensor
 
 
@@ -45,6 +73,7 @@ class NormWatch:
         model: the one that trains: a pack's, or one session's.
         one: of one session: its names and widths are what the options speak of.
         options: `traces`.
+        every: from one traced step to the next.
         seats: sessions side by side in the model.
         hooked: whether the model runs as it is; a compiled one calls no hooks, so its moments stay unseen.
     """
@@ -55,24 +84,23 @@ class NormWatch:
         one: nn.Module,
         options: Mapping[str, Any],
         *,
-        every: Interval,
-        steps_per_epoch: int,
+        every: int,
         seats: int,
         hooked: bool,
     ) -> None:
         layers = norm_layers_of(model)
         self.layers = {name: layers[name] for name in norm_names(one, options)}
-        self.widths = {name: width_of(one, name) for name in self.layers}
-        self.channels = {
-            name: channels_of(options["channels"], width, name) for name, width in self.widths.items()
+        self.channels = {name: list(range(width_of(one, name))) for name in self.layers}
+        self.shown = {
+            name: channels_of(options["channels"], len(all_of_it), name)
+            for name, all_of_it in self.channels.items()
         }
-        self.places: dict[str, Tensor] = {}  # the channels as an index, on the device
-        self.every = every.count * (steps_per_epoch if every.unit == "epochs" else 1)
-        self.seats, self.hooked, self.moments = seats, hooked, Moments() if hooked else None
+        self.every, self.seats, self.hooked, self.moments = every, seats, hooked, Moments()
+        self.places: dict[tuple[tuple[str, str], ...], Tensor] = {}  # of the shown channels, on the device
         self.measured: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         self.now: tuple[int, int] | None = None
-        self.samples: list[Sample] = []
-        self.whole: list[Sample] = []  # of the latest traced step, with every channel
+        self.taken: list[Taken] = []  # the shown channels of each traced step
+        self.latest: Taken | None = None  # every channel
 
     def due(self, step: int) -> bool:
         """Whether to trace this step: the first, and every so many."""
@@ -90,31 +118,28 @@ class NormWatch:
             yield
         finally:
             self.now = None
+            self.moments.leave()  # where what ended the step is no Exception, no hook was called
             for handle in handles:
                 handle.remove()
 
     def hook(self) -> list[RemovableHandle]:
         """Have `moments` watch each layer while its forward pass runs."""
         moments = self.moments
-        if moments is None:
-            return []
 
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
             moments.enter(args[0])
-            moments.__enter__()  # type: ignore[no-untyped-call]
 
-        def leave(name: str, module: nn.Module, args: Any, output: Any) -> None:
-            moments.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            moments.leave()
-            self.measured[name] = moments.mean, moments.var
+        def leave(name: str) -> Any:
+            def note(module: nn.Module, args: Any, output: Any) -> None:
+                moments.leave()
+                self.measured[name] = moments.mean, moments.var
 
-        def named(name: str) -> Any:
-            return lambda module, args, output: leave(name, module, args, output)
+            return note
 
         handles = []
         for name, layer in self.layers.items():
             handles.append(layer.register_forward_pre_hook(enter))
-            handles.append(layer.register_forward_hook(named(name), always_call=True))
+            handles.append(layer.register_forward_hook(leave(name), always_call=True))
         return handles
 
     @property
@@ -131,44 +156,79 @@ class NormWatch:
         """
         if self.now is None:
             return
-        self.whole = []
-        for name, layer in self.layers.items():
-            seen = {key: value for key, value in self.seen(name, layer, scale) if value is not None}
-            flat = [value.reshape(-1).float() for value in seen.values()]
-            values = torch.stack(flat) if flat else torch.empty(0)
-            values = values.view(len(seen), self.seats, self.widths[name])
-            self.whole.append(Sample(*self.now, name, list(seen), list(range(self.widths[name])), values))
-            if name not in self.places:
-                self.places[name] = torch.tensor(self.channels[name], device=values.device)
-            part = values.index_select(-1, self.places[name])
-            self.samples.append(Sample(*self.now, name, list(seen), self.channels[name], part))
+        there = [
+            (name, key, value)
+            for name, layer in self.layers.items()
+            for key, value in self.seen(name, layer)
+            if value is not None
+        ]
+        contents = tuple((name, key) for name, key, _ in there)
+        whole = torch.cat([value.reshape(-1) for *_, value in there]) if there else torch.empty(0)
+        if contents not in self.places:
+            places = torch.tensor(self.places_of(contents), dtype=torch.long, device=whole.device)
+            self.places[contents] = places
+        shown = whole.index_select(0, self.places[contents])
+        self.taken.append(Taken(*self.now, scale, contents, shown))
+        self.latest = Taken(*self.now, scale, contents, whole)
 
-    def seen(self, name: str, layer: nn.Module, scale: float) -> Iterator[tuple[str, Tensor | None]]:
+    def seen(self, name: str, layer: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
         """Every quantity of a layer, one number a channel; None where it has no such thing."""
-        width = self.seats * self.widths[name]
-        mean, var = (fitting(each, width) for each in self.measured.get(name, (None, None)))
-        yield "batch_mean", mean
-        yield "batch_std", None if var is None else var.float().clamp_min(0).sqrt()
-        own = [*layer.named_buffers(), *layer.named_parameters()]
-        for key in ("running_mean", "running_var", "weight", "bias"):
-            # a stranger's may lie in a module inside it
-            there = [tensor for path, tensor in own if path.rpartition(".")[2] == key]
-            tensor = fitting(there[0] if len(there) == 1 else None, width)
+        width = self.seats * len(self.channels[name])
+        mean, var = self.measured.get(name, (None, None))
+        yield "batch_mean", fitting(mean, width)
+        yield "batch_std", fitting(var, width)
+        for key in HELD:
+            tensor = fitting(held(layer, key), width)
             yield key, tensor
             if key in ("weight", "bias"):
-                yield f"{key}_grad", None if tensor is None or tensor.grad is None else tensor.grad / scale
+                yield f"{key}_grad", None if tensor is None else tensor.grad
+
+    def places_of(self, contents: tuple[tuple[str, str], ...]) -> list[int]:
+        """Where in a step's vector the shown channels lie."""
+        places, at = [], 0
+        for name, _ in contents:
+            width = len(self.channels[name])
+            for seat in range(self.seats):
+                places += [at + seat * width + channel for channel in self.shown[name]]
+            at += self.seats * width
+        return places
 
     def clear(self) -> None:
         """Forget what an earlier session left."""
-        self.samples, self.whole = [], []
+        self.taken, self.latest = [], None
 
     def drain(self) -> tuple[list[Sample], list[Sample]]:
         """What was seen since the last time, and the latest traced step's with all channels; on the CPU."""
-        samples, whole = self.samples, self.whole
+        taken = [sample for each in self.taken for sample in self.samples(each, self.shown)]
+        latest = list(self.samples(self.latest, self.channels)) if self.latest else []
         self.clear()
-        for sample in (*samples, *whole):
-            sample.values = sample.values.cpu()
-        return samples, whole
+        return taken, latest
+
+    def samples(self, taken: Taken, channels: Mapping[str, list[int]]) -> Iterator[Sample]:
+        """A step's vector, layer by layer."""
+        whole, at = taken.values.float().cpu().numpy(), 0
+        for name in self.layers:
+            keys = [key for layer, key in taken.contents if layer == name]
+            shape = len(keys), self.seats, len(channels[name])
+            values = whole[at : at + math.prod(shape)].reshape(shape)
+            at += values.size
+            for key, own in zip(keys, values, strict=True):
+                if key == "batch_std":
+                    own[:] = np.sqrt(own.clip(0))
+                elif key.endswith("_grad"):
+                    own /= taken.scale
+            yield Sample(taken.epoch, taken.step, name, keys, channels[name], values)
+
+
+def held(layer: nn.Module, key: str) -> Tensor | None:
+    """A layer's own parameter or buffer of that name, else the only one of a module inside it, as strangers'
+    may lie there."""
+    for modules in ([layer], layer.modules()):
+        found = [own[key] for part in modules for own in (part._parameters, part._buffers) if key in own]
+        distinct = {id(tensor): tensor for tensor in found if tensor is not None}
+        if len(distinct) == 1:
+            return next(iter(distinct.values()))
+    return None
 
 
 def fitting(tensor: Tensor | None, width: int) -> Tensor | None:
