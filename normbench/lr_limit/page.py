@@ -44,15 +44,15 @@ def matched(arms: Sequence[Arm], seed: int, sessions: int, keys: Sequence[str]) 
         ("optim.weight_decay",): f"weight decay {optim['weight_decay']:g}",
     }  # fmt: skip
     said = [words for starts, words in shared.items() if not any(key.startswith(starts) for key in keys)]
-    batches = "" if any(key.startswith("batch.size") for key in keys) else " and see equal batches"
-    paired = f"sessions 0 to {sessions - 1} of seed {seed} start from equal weights{batches} at every rate"
+    who = f"sessions 0 to {sessions - 1} of seed {seed} start from equal weights"
     if len(arms) == 1:
-        return f"one arm: {', '.join(said)}; {paired}"
+        return f"one arm: {', '.join(said)}; {who} and see equal batches at every rate"
+    batches = "" if any(key.startswith("batch.size") for key in keys) else " and see equal batches"
     more = [key for key in keys if key.split(".")[0] != "norm"]
     beside = f", so their limits speak of {' and '.join(more)} too" if 0 < len(more) < len(keys) else ""
     return (
-        f"matched arms: {', '.join(said)}; {paired} of every arm, in the layers that arms share; "
-        f"they differ in {', '.join(keys)}{beside}"
+        f"matched arms: {', '.join(said)}; {who} in the layers that arms share{batches}, at every rate of "
+        f"every arm; they differ in {', '.join(keys)}{beside}"
     )
 
 
