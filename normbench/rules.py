@@ -136,13 +136,6 @@ def channels(key: str, value: Any) -> Any:
     raise ValueError(f"{key} must be all, a count ≥ 1 or a list like [0,-1], got {value!r}")
 
 
-def above_one(key: str, value: Any) -> float:
-    """A ratio above 1, far enough for two rates to differ."""
-    if number_from(key, value, 0) < 1.001:
-        raise ValueError(f"{key} must be a number ≥ 1.001, got {value!r}")
-    return float(value)
-
-
 def folder_name(key: str, value: Any) -> str:
     """One folder's name, no path."""
     if not re.fullmatch(r"\w[\w.+=~-]*", str(value)):
@@ -200,7 +193,7 @@ RULES: dict[str, Rule] = {
     "cuda_graph": optional(flag),
     "pack": optional(partial(int_from, low=2)),
     "sessions": partial(int_from, low=2),
-    "resolution": above_one,
+    "resolution": partial(number_from, low=1.001),  # far enough for two rates to differ
     "lowest": above_zero,
     "highest": above_zero,
     "range.steps": optional(partial(int_from, low=10)),

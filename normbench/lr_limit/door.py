@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from normbench.training import Prepared
 
 SEARCH = ("sessions", "resolution", "lowest", "highest", "range", "name")  # the door's own keys
-ONE = (*SEARCH, "seed", "device", "threads", "cuda_graph", "data_dir", "out", "optim.lr")  # of all arms
+# one for all arms; by the smoothing a loss is judged
+ONE = (*SEARCH, "seed", "device", "threads", "cuda_graph", "data_dir", "out", "optim.label_smoothing")
 MATCHED = ("model", "dataset")  # arms are compared on one model and one data set
 # of `train`'s, what a trial has no use for: it evaluates once, keeps nothing, goes on from nothing
 FIXED: Values = {
@@ -78,6 +79,7 @@ def run(composer: Composer, master: DictConfig, arguments: Sequence[str]) -> Non
 
     from normbench import device as machine
     from normbench.building import check_builds
+    from normbench.lr_limit import page
     from normbench.lr_limit.record import Machine, Trials
     from normbench.lr_limit.trial import Chance
     from normbench.preparing import check_device, load_data
@@ -88,6 +90,17 @@ def run(composer: Composer, master: DictConfig, arguments: Sequence[str]) -> Non
         check_device(config)
     first = configs[0]
     chance = Chance.of(load_data(first), first.optim["label_smoothing"])
+    if chance.bound >= 1:
+        part, key = ("validation", "val_fraction") if chance.part == "val" else ("test", "test_subset")
+        raise Refused(
+            f"dataset.{key}={first.dataset[key]}: of {chance.images} {part} images the commonest class has "
+            f"{chance.acc:.0%}, so no accuracy is two standard errors above chance; use more images"
+        )
+    terms = [
+        page.definition(chance),
+        page.matched(question.arms, question.seed, question.sessions, question.differing),
+        page.parameters(question.names, [sizes_of(config) for config in configs], first.model.get("bias")),
+    ]
     here = Machine.here(machine.pick(first.device), first.threads)
     held = claims.take(question.folder, {})
     if held is None:
@@ -97,8 +110,9 @@ def run(composer: Composer, master: DictConfig, arguments: Sequence[str]) -> Non
     try:
         with contextlib.closing(Trials(question.folder / "trials.csv")) as trials, interrupt.listening():
             trials.same_machine(here, [arm.config_hash for arm in question.arms])
+            say("\n".join(terms))
             work = Work(question, trials, chance, here)
-            finish(question, work.searched(configs), work.ranges, chance)
+            finish(question, terms, work.searched(configs), work.ranges, chance)
     finally:
         held.remove()
 
@@ -123,6 +137,7 @@ def ask(composer: Composer, arguments: Sequence[str]) -> Question:
         if setting.hash in arms:
             raise Refused(f"two arms are one setting ({setting.id}): {' '.join(overrides)}; give it once")
         arms[setting.hash] = Arm.of(setting, own, choices)
+    check_shared(list(arms.values()))
     short = short_names({arm.setting: arm.arm for arm in arms.values()})
     if len(short) == 1:  # nothing to tell it from
         short = dict.fromkeys(short, choices["norm"])
@@ -136,6 +151,16 @@ def ask(composer: Composer, arguments: Sequence[str]) -> Question:
         growing(values["range"]),
         folder_of(values, choices, arms),
     )
+
+
+def sizes_of(config: Config) -> tuple[int, int]:
+    """How many parameters a model has beside its norms' own, and how many these are."""
+    from normbench.building import build, norm_layers_of
+
+    model = build(config)
+    norms = {p: p.numel() for layer in norm_layers_of(model).values() for p in layer.parameters()}
+    own = sum(norms.values())
+    return sum(p.numel() for p in model.parameters()) - own, own
 
 
 def check_one(override: Override) -> None:
@@ -164,6 +189,16 @@ def check(values: Values) -> None:
         raise Refused(
             f"range.low={values['range']['low']:g} must be below range.high={values['range']['high']:g}"
         )
+
+
+def check_shared(arms: Sequence[Arm]) -> None:
+    """Refused where what is one for all arms differs by an option that was chosen, as optim=sgd,adam."""
+    for key in ("lr", "label_smoothing"):
+        there = {arm.choices["optim"]: arm.values["optim"][key] for arm in arms}
+        if len(set(there.values())) > 1:
+            given = " and ".join(f"{value:g} ({name})" for name, value in there.items())
+            raise Refused(f"optim.{key} is one for all arms, got {given}; give one, like "
+                          f"optim.{key}={min(there.values()):g}")  # fmt: skip
 
 
 def arm_values(values: Values) -> Values:
@@ -205,17 +240,12 @@ class Work:
 
         self.question, self.trials, self.chance, self.here = question, trials, chance, here
         self.range_file = question.folder / "range.csv"
-        self.ranges: dict[str, Range] = read_ranges(self.range_file, question.range_rates)
+        self.ranges: dict[tuple[str, int], Range] = read_ranges(self.range_file)
 
     def searched(self, configs: Sequence[Config]) -> "list[Searched]":
         """Every arm, searched to its end; SweepFailed where a trial ended in an error."""
-        from normbench.lr_limit import page
-
-        there, question = len(self.trials.rows), self.question
-        say(page.definition(self.chance))
-        say(page.matched(question.arms, question.seed, question.sessions, question.differing))
-        say(f"{question.folder}: {len(question.arms)} arms, {there} trials there")
-        found = []
+        question, found = self.question, []
+        say(f"{question.folder}: {self.trials.there()}")
         for arm, name, config in zip(question.arms, question.names, configs, strict=True):
             try:
                 found.append(self.arm(arm, name, Lazy(config)))
@@ -237,14 +267,14 @@ class Work:
         question, trials = self.question, []
         seen: dict[int, Seen] = {}
         while step := next_step(seen, question.grid):
-            began, rate = time.perf_counter(), question.grid.rate(step.place)
+            began, there, rate = time.perf_counter(), len(self.trials.rows), question.grid.rate(step.place)
             these = [self.trial(arm, name, lazy, session, rate, step.purpose)
                      for session in range(question.sessions)]  # fmt: skip
             seen[step.place] = seen_in(these)
             trials += these
             failed = f"{seen[step.place].failed} of {question.sessions} sessions failed"
-            took = time.perf_counter() - began
-            say(f"{name}  rate {rate:<10.4g}  {failed}  ({step.purpose}, {took:.1f} s)")
+            took = f"{time.perf_counter() - began:.1f} s" if len(self.trials.rows) > there else "were there"
+            say(f"{name}  rate {rate:<10.4g}  {failed}  ({step.purpose}, {took})")
         self.range_test(arm, name, lazy)
         return Searched(name, trials, question.grid)
 
@@ -271,12 +301,12 @@ class Work:
         from normbench.lr_limit.trial import range_test
         from normbench.seeds import Seeds
 
-        rates = self.question.range_rates
-        if not rates or arm.config_hash in self.ranges:
-            return
-        losses = range_test(lazy.ready(), Seeds(self.question.seed, 0), rates)
-        self.ranges[arm.config_hash] = Range(name, arm.config_hash, rates, losses)
-        write_ranges(self.range_file, self.ranges.values())
+        rates, key = self.question.range_rates, (arm.config_hash, self.question.seed)
+        there = self.ranges.get(key)
+        if rates and (there is None or there.rates != rates[: len(there.rates)]):
+            losses = range_test(lazy.ready(), Seeds(self.question.seed, 0), rates)
+            self.ranges[key] = Range(name, *key, rates, losses)
+            write_ranges(self.range_file, self.ranges.values())
 
 
 class Lazy:
@@ -296,7 +326,11 @@ class Lazy:
 
 
 def finish(
-    question: Question, found: "Sequence[Searched]", ranges: "dict[str, Range]", chance: "Chance"
+    question: Question,
+    terms: Sequence[str],
+    found: "Sequence[Searched]",
+    ranges: "dict[tuple[str, int], Range]",
+    chance: "Chance",
 ) -> None:
     """Fit and compare, print, write limits.csv, lr_limit.json and the figures."""
     from rich.console import Console
@@ -313,21 +347,22 @@ def finish(
     say("\n".join(said))
     rows = page.limit_rows(list(zip(question.arms, found, strict=True)), compared, chance, made_at)
     write_whole(folder / "limits.csv", table(list(rows[0]), [list(row.values()) for row in rows]))
-    ours = [ranges[arm.config_hash] for arm in question.arms if arm.config_hash in ranges]
+    named = zip(question.arms, question.names, strict=True)  # an arm's name depends on the others there are
+    ours = [replace(ranges[arm.config_hash, question.seed], arm=name, rates=question.range_rates)
+            for arm, name in named if question.range_rates]  # fmt: skip
     drawn = figures.draw(folder, found, ours, chance)
-    write_json(folder / "lr_limit.json", body_of(question, said, chance, made_at))
+    write_json(folder / "lr_limit.json", body_of(question, terms, said, made_at))
     say(f"\nwritten: {folder}: limits.csv, trials.csv, " + ", ".join(path.name for path in drawn))
 
 
-def body_of(question: Question, said: Sequence[str], chance: "Chance", made_at: str) -> dict[str, Any]:
+def body_of(question: Question, terms: Sequence[str], said: Sequence[str], made_at: str) -> dict[str, Any]:
     """lr_limit.json: what was asked, how failure was defined, what came out in words."""
-    from normbench.lr_limit import page
-
+    failure, *matched = terms
     return {
         "made_at": made_at,
         "command": sys.argv[1:],
-        "failure": page.definition(chance),
-        "matched": page.matched(question.arms, question.seed, question.sessions, question.differing),
+        "failure": failure,
+        "matched": matched,
         "found": list(said),
         "search": {**asdict(question.grid), "sessions": question.sessions, "seed": question.seed},
         "arms": [{"arm": name, "setting": arm.setting, "config": without_rate(arm.values)}

@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from normbench.lr_limit.curve import LEVEL, Fit, Interval, cell_of, contradicts, difference_cells
+from normbench.lr_limit.curve import LEVEL, Fit, Interval, contradicts, fit_differences, fit_limits
 from normbench.lr_limit.record import Trial
 from normbench.lr_limit.search import Grid, Seen
 
 LARGER, SMALLER, OPEN = "larger", "smaller", "inconclusive"
-FINEST = 0.01  # of a grid step: the smallest scale that a fit tries
 
 
 class Searched:
@@ -38,10 +37,21 @@ class Searched:
         """What was seen at each rate, by rising rate."""
         return {rate: seen_in(self.order[rate]) for rate in sorted(self.order)}
 
+    @property
+    def trains(self) -> bool:
+        """Whether at some rate less than half of the sessions failed; else there is no limit to fit."""
+        return not all(there.fails for there in self.seen.values())
+
     @cached_property
     def base(self) -> float:
-        """The rate at which fewest sessions failed, the largest of several: above it rates are too large."""
-        return min(self.seen, key=lambda rate: (self.seen[rate].failed, -rate))
+        """From which rate on a failure says that the rate is too large.
+
+        The lowest; where below the rate with fewest failures (the largest of several) half of the sessions or
+        more failed at another, rates down there are too small to learn, and it is the one with fewest.
+        """
+        best = min(self.seen, key=lambda rate: (self.seen[rate].failed, -rate))
+        too_small = any(rate < best and there.fails for rate, there in self.seen.items())
+        return best if too_small and self.trains else min(self.seen)
 
     @cached_property
     def sessions(self) -> dict[int, dict[float, bool]]:
@@ -53,14 +63,10 @@ class Searched:
         return {session: found[session] for session in sorted(found)}
 
     @cached_property
-    def cells(self) -> list[tuple[float, float]]:
-        """Between which log rates each session's limit lies, in the order of the sessions."""
-        return [cell_of(failed) for failed in self.sessions.values()]
-
-    @cached_property
     def fit(self) -> Fit:
         """The curve of all sessions."""
-        return Fit(self.cells, FINEST * math.log(self.grid.resolution))
+        known = [failed if self.trains else {} for failed in self.sessions.values()]
+        return fit_limits(known, self.base, max(self.seen), math.log(self.grid.resolution))
 
     @cached_property
     def limit(self) -> Interval:
@@ -125,8 +131,7 @@ def ratios(arms: Sequence[Searched]) -> Mapping[str, Ratio]:
 
 def ratio(baseline: Searched, arm: Searched, level: float = LEVEL) -> Ratio:
     """Paired by session: the logistic distribution of the sessions' log ratios, its middle and interval."""
-    cells = difference_cells(arm.cells, baseline.cells)
-    return Ratio(baseline.name, Fit(cells, arm.fit.scales[0]).quantile(0.5, level).exp(), level)
+    return Ratio(baseline.name, fit_differences(arm.fit, baseline.fit).quantile(0.5, level).exp(), level)
 
 
 def seen_in(trials: Sequence[Trial]) -> Seen:

@@ -30,20 +30,50 @@ def definition(chance: Chance) -> str:
 def matched(arms: Sequence[Arm], seed: int, sessions: int, keys: Sequence[str]) -> str:
     """What all arms share, and what differs between them."""
     values, choices = arms[0].values, arms[0].choices
-    length = f"{values['steps']} steps" if values["steps"] else f"{values['epochs']} epochs"
-    schedule = values["optim"]["schedule"]["name"]
-    rate = "a constant rate" if schedule == "constant" else f"{schedule}, whose peak is the rate"
-    differ = f"they differ in {', '.join(keys)}" if keys else "there is one"
+    optim, schedule = values["optim"], values["optim"]["schedule"]["name"]
+    unit = "steps" if values["steps"] else "epochs"
+    length = f"{values[unit]} {unit if values[unit] > 1 else unit[:-1]}"
+    shared = {  # by the keys that would end it
+        ("model",): f"model={choices['model']}",
+        ("dataset",): f"dataset={choices['dataset']}",
+        ("steps", "epochs"): length,
+        ("batch.size",): f"batches of {values['batch']['size']}",
+        ("optim.name",): optim["name"],
+        ("optim.schedule",): "a constant rate without warm-up" if schedule == "constant"
+                             else f"{schedule}, whose peak is the rate",
+        ("optim.weight_decay",): f"weight decay {optim['weight_decay']:g}",
+    }  # fmt: skip
+    said = [words for starts, words in shared.items() if not any(key.startswith(starts) for key in keys)]
+    who = f"sessions 0 to {sessions - 1} of seed {seed} start from equal weights"
+    if len(arms) == 1:
+        return f"one arm: {', '.join(said)}; {who} and see equal batches at every rate"
+    batches = "" if any(key.startswith("batch.size") for key in keys) else " and see equal batches"
+    more = [key for key in keys if key.split(".")[0] != "norm"]
+    beside = f", so their limits speak of {' and '.join(more)} too" if 0 < len(more) < len(keys) else ""
     return (
-        f"matched arms: all train model={choices['model']} on dataset={choices['dataset']} for {length} with "
-        f"{choices['optim']}, {rate}; sessions 0 to {sessions - 1} of seed {seed} have equal start weights "
-        f"and equal batches at every rate of every arm; {differ}"
+        f"matched arms: {', '.join(said)}; {who} in the layers that arms share{batches}, at every rate of "
+        f"every arm; they differ in {', '.join(keys)}{beside}"
     )
+
+
+def parameters(names: Sequence[str], sizes: Sequence[tuple[int, int]], bias: bool | None) -> str:
+    """Whether the arms are one network beside their norms, by sizes: parameters beside the norms, in them."""
+    if len(sizes) == 1:
+        return "{:,} parameters beside the norm's own {:,}".format(*sizes[0])
+    norms = ", ".join(f"{name} {own:,}" for name, (_, own) in zip(names, sizes, strict=True))
+    if len({beside for beside, _ in sizes}) > 1:
+        others = ", ".join(f"{name} {beside:,}" for name, (beside, _) in zip(names, sizes, strict=True))
+        return f"other networks: parameters beside the norms' own differ ({others}); in norms: {norms}"
+    said = f"beside the norms' own parameters ({norms}) every arm has the same {sizes[0][0]:,}"
+    bare = [name for name, (_, own) in zip(names, sizes, strict=True) if not own]
+    if bias is False and 0 < len(bare) < len(names):
+        said += f"; with model.bias=false {' and '.join(bare)} has no bias, model.bias=true gives all one"
+    return said
 
 
 def words(value: float | None) -> str:
     """A rate in three digits; a dash where there is none."""
-    return "-" if value is None else f"{value:.3g}"
+    return "-" if value is None else f"{float(f'{value:.3g}'):g}"
 
 
 def percent(level: float) -> str:
@@ -56,12 +86,10 @@ def span(interval: Interval) -> str:
     if interval.low == 0 and math.isinf(interval.high):
         return "not bounded"
     if interval.low == 0:
-        return f"below {interval.high:.3g}"
-    return (
-        f"above {interval.low:.3g}"
-        if math.isinf(interval.high)
-        else f"{interval.low:.3g} to {interval.high:.3g}"
-    )
+        return f"below {words(interval.high)}"
+    if math.isinf(interval.high):
+        return f"above {words(interval.low)}"
+    return f"{words(interval.low)} to {words(interval.high)}"
 
 
 def limit_table(arms: Sequence[Searched], compared: Mapping[str, Ratio]) -> Table:
@@ -84,22 +112,31 @@ def limit_table(arms: Sequence[Searched], compared: Mapping[str, Ratio]) -> Tabl
 
 
 def value_words(interval: Interval) -> str:
-    """The value, where the trials bound it."""
+    """The value; where it is beyond the trials the bound that they give, a dash where they give none."""
     if interval.value == 0:
-        return "none"
-    return f"> {interval.low:.3g}" if math.isinf(interval.value) else f"{interval.value:.3g}"
+        return f"< {words(interval.high)}" if math.isfinite(interval.high) else "-"
+    if math.isinf(interval.value):
+        return f"> {words(interval.low)}" if interval.low else "-"
+    return words(interval.value)
 
 
 def sentences(arm: Searched, against: Ratio | None) -> list[str]:
     """What a search found for an arm, in plain words."""
     n, limit = len(arm.sessions), arm.limit
     first, *_, last = map(words, [*arm.seen, max(arm.seen)])
-    if limit.value == 0:
-        said = f"{arm.name}: at no rate from {first} to {last} more than half of {n} sessions trained"
+    if not arm.trains:
+        said = (
+            f"{arm.name}: at none of {len(arm.seen)} rates from {first} to {last}, a factor "
+            f"{arm.grid.resolution**arm.grid.stride:.2g} apart, more than half of {n} sessions trained, so "
+            "there is no limit; give them more steps, or look elsewhere (optim.lr, lowest, highest)"
+        )
     elif math.isinf(limit.value):
         said = f"{arm.name}: more than half of {n} sessions still train at {last}, the largest rate tried"
+        said += "" if limit.low else f"; too few of them for a bound at {percent(LEVEL)}"
     else:
-        said = f"{arm.name}: half of {n} sessions fail at {limit.value:.3g} ({percent(LEVEL)} {span(limit)})"
+        said = (
+            f"{arm.name}: half of {n} sessions fail at {words(limit.value)} ({percent(LEVEL)} {span(limit)})"
+        )
         if arm.trained_to is not None:
             said += f"; all train at {words(arm.trained_to)}"
         if arm.fails_from is not None:
@@ -112,8 +149,8 @@ def sentences(arm: Searched, against: Ratio | None) -> list[str]:
         )
     if arm.too_small:
         lines.append(
-            f"{arm.name}: below {words(arm.base)} some sessions failed too: the rate is too small to learn "
-            "in so many steps, and those trials say nothing of the limit"
+            f"{arm.name}: at {words(max(arm.too_small))} and below sessions failed too: too small a rate to "
+            "learn in so many steps; those trials say nothing of the limit"
         )
     if against is not None:
         lines.append(comparison(arm.name, against))
@@ -130,13 +167,15 @@ def comparison(name: str, against: Ratio) -> str:
         return (
             f"{base} tolerates a larger rate than {name}: {times(turned)} as large ({level} {span(turned)})"
         )
+    if ratio.low == 0 and math.isinf(ratio.high):
+        return f"{name} against {base}: the trials do not bound the ratio of their limits"
     found = f"the ratio is {value_words(ratio)} ({level} {span(ratio)})"
     return f"{name} against {base}: no difference found; {found}"
 
 
 def times(ratio: Interval) -> str:
     """`12 times`."""
-    return "many times" if math.isinf(ratio.value) else f"{ratio.value:.3g} times"
+    return "many times" if math.isinf(ratio.value) else f"{words(ratio.value)} times"
 
 
 def inverse(value: float) -> float:
@@ -153,6 +192,7 @@ def limit_rows(arms: Sequence[tuple[Arm, Searched]], compared: Mapping[str, Rati
     for arm, found in arms:
         values, norm = arm.values, norm_that_runs(arm.values)
         against, last = compared.get(found.name), found.trials[-1]
+        known = math.isfinite(found.scale)
         rows.append({
             "arm": found.name,
             "setting": arm.setting,
@@ -173,8 +213,9 @@ def limit_rows(arms: Sequence[tuple[Arm, Searched]], compared: Mapping[str, Rati
             "limit_low": found.limit.low,
             "limit_high": found.limit.high,
             "level": LEVEL,
-            "scale_log": found.scale,
-            "ratio_10_to_90": math.exp(min(700.0, 2 * ODDS_9 * found.scale)),
+            "scale_log": found.scale if known else None,
+            "within_log": found.fit.within if known else None,
+            "ratio_10_to_90": math.exp(2 * ODDS_9 * found.scale) if known else None,
             "all_train_to": found.trained_to,
             "all_fail_from": found.fails_from,
             "counted_from": found.base,

@@ -138,12 +138,18 @@ class Trials:
         ours = set(hashes)
         for trial in self.rows.values():
             if trial.config_hash in ours and trial.where != here:
-                differs = next(
-                    f"{f.name} {getattr(trial.where, f.name)}, here it is {getattr(here, f.name)}"
-                    for f in fields(Machine)
-                    if getattr(trial.where, f.name) != getattr(here, f.name)
+                was, now = dataclasses.asdict(trial.where), dataclasses.asdict(here)
+                key = next(key for key in was if was[key] != now[key])
+                cure = f"threads={trial.threads} or another name=…" if key == "threads" else "another name=…"
+                raise Refused(
+                    f"{self.path} has trials with {key} {was[key]}, here it is {now[key]}; give {cure}"
                 )
-                raise Refused(f"{self.path} has trials with {differs}; give another name=…")
+
+    def there(self) -> str:
+        """How many trials there are, and what other commits ran them."""
+        said = f"{len(self.rows)} trials there"
+        others = {trial.git_commit or "none" for trial in self.rows.values()} - {git_commit() or "none"}
+        return said + (f", some by other code: commit {', '.join(sorted(others))}" if others else "")
 
     def add(self, trial: Trial) -> None:
         """Write one row through to the file."""
@@ -176,41 +182,42 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 @dataclass(frozen=True)
 class Range:
-    """An arm's range test: the rates of all steps, and the training losses (nats) as far as finite."""
+    """An arm's range test, a run of session 0: the rates of its steps, and the training losses (nats).
+
+    Losses end with the first that is not finite; in the file the rates do too.
+    """
 
     arm: str
     config_hash: str
+    seed: int
     rates: Sequence[float]
     losses: Sequence[float]
 
 
-RANGE_COLUMNS = ["arm", "config_hash", "step", "rate", "train_loss"]
+RANGE_COLUMNS = ["arm", "config_hash", "seed", "step", "rate", "train_loss"]
 
 
-def read_ranges(path: Path, rates: Sequence[float]) -> dict[str, Range]:
-    """The range tests in the file that had these rates, by config hash; none where there is no file."""
-    found: dict[str, tuple[str, list[float], list[float]]] = {}
+def read_ranges(path: Path) -> dict[tuple[str, int], Range]:
+    """The range tests in the file, by config hash and seed; none where there is no file."""
     if not path.is_file():
         return {}
+    found: dict[tuple[str, int], Range] = {}
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != RANGE_COLUMNS:
             raise Refused(f"{path} is no range test of this version; move it away or give a name=…")
         for row in reader:
-            _, steps, losses = found.setdefault(row["config_hash"], (row["arm"], [], []))
-            steps.append(float(row["rate"]))
-            losses.append(float(row["train_loss"]))
-    return {
-        key: Range(arm, key, rates, losses)
-        for key, (arm, steps, losses) in found.items()
-        if steps == list(rates[: len(steps)])
-    }
+            key = row["config_hash"], int(row["seed"])
+            before = found.get(key, Range(row["arm"], *key, [], []))
+            rates, losses = [*before.rates, float(row["rate"])], [*before.losses, float(row["train_loss"])]
+            found[key] = dataclasses.replace(before, rates=rates, losses=losses)
+    return found
 
 
 def write_ranges(path: Path, ranges: Iterable[Range]) -> None:
     """All arms' range tests, whole."""
     rows = [
-        (each.arm, each.config_hash, step, rate, loss)
+        (each.arm, each.config_hash, each.seed, step, rate, loss)
         for each in ranges
         for step, (rate, loss) in enumerate(zip(each.rates, each.losses, strict=False), start=1)
     ]
