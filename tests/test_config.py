@@ -69,7 +69,7 @@ TYPOS = {
     "study=mbn_stride norm.stride=2": "norm=mbn,mbn_batch,mbn_random,mbn_rows has it",
     "study=mbn_stride fidelity=asrun": "did you mean 'as_run'?",
     "study=mbn_stride,mbn_r9": "study cannot be swept",
-    "threads=1,2": "two arms are one setting",
+    "threads=1,2": "threads changes no result, so it makes no arms; give one value",
     "norm=../../x": "no such norm",
     "plan.last=3": "plan.last is filled in by normbench",
     "session=range(0)": "session has no value",

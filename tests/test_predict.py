@@ -206,11 +206,14 @@ def test_a_packs_sessions_on_all_parts_of_their_data_set_with_the_weights_of_the
 
 
 def test_a_checkpoint_is_the_session_so_far(session: Path, predict: Predict) -> None:
+    (session / "model.pt").unlink()
+    assert "s0/checkpoint.pt" in predict(session, "--split", "test")  # kept, of the row's step
+    assert (metrics()["acc"], metrics()["step"]) == (row_of(session)["test_acc"], 6)
+    (session / "checkpoint-before.pt").replace(session / "checkpoint.pt")
     said = predict(session / "checkpoint.pt", "--split", "test")
     assert "after step 3 in epoch 1)" in said and "session's row" not in said
     so_far = (session / "epochs.csv").read_text().splitlines()[1].split(",")[7]
     assert (metrics()["acc"], metrics()["step"], metrics()["epoch"]) == (float(so_far), 3, 1)
-    (session / "model.pt").unlink()
     assert predict(session, "--split", "test", fails=True) == (
         "s0 did not keep the weights that its row reports; train it with save_model=true; s0/checkpoint.pt "
         "itself may be given, for its weights so far"

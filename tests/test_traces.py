@@ -470,7 +470,6 @@ def test_a_diverged_session_keeps_its_traces(train: Trainer) -> None:
             "trace=norms,features",
             "it makes no arms; give one value, or all of them as one: trace=[norms,features]",
         ),
-        ("threads=1,2", "threads changes no result, so it makes no arms; give one value"),
         ("traces.every=2", "traces.every=2 changes nothing without trace=norms; add that"),
         ("trace=norms traces.features=[fc]", "changes nothing without trace=features; add that"),
         ("trace.every=2", "unknown key 'trace.every'; did you mean 'traces.every'?"),
