@@ -1,12 +1,13 @@
 """The largest learning rate that still trains: the search, the curve, the trials, the door."""
 
 import csv
+import importlib.util
 import math
 import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
 
@@ -28,7 +29,7 @@ from normbench.lr_limit.curve import (
     log_likelihood,
     proportion_interval,
 )
-from normbench.lr_limit.limits import Searched, ratio
+from normbench.lr_limit.limits import ratio
 from normbench.lr_limit.search import Grid, Seen, next_step
 from normbench.lr_limit.trial import Chance, Outcome, judged
 
@@ -172,7 +173,8 @@ def test_limits_that_no_rate_bounds_are_infinite_not_invented() -> None:
     assert math.isnan(nothing.scale())
 
 
-def test_ratios_pair_sessions_so_that_what_they_share_drops_out() -> None:
+def test_ratios_pair_sessions_so_that_what_they_share_drops_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    coarsely(monkeypatch)
     shared = [2, 3, 5, 6, 8, 9, 12, 12]
     one, other = fit(sharp(*[k + 5 for k in shared])), fit(sharp(*shared))
     found = fit_differences(one, other).quantile()
@@ -185,17 +187,24 @@ def test_ratios_pair_sessions_so_that_what_they_share_drops_out() -> None:
     assert (both.low, both.high) == (-math.inf, math.inf)
 
 
+@pytest.fixture(scope="module")
+def calibrate() -> ModuleType:
+    """scripts/calibrate_lr_limit.py."""
+    path = Path(__file__).parents[1] / "scripts" / "calibrate_lr_limit.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.slow
-def test_the_intervals_cover_as_often_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the search, whose rates depend on what it saw; more in docs/lr_limit.md."""
+def test_the_intervals_hold_as_often_as_they_say(
+    monkeypatch: pytest.MonkeyPatch, calibrate: ModuleType
+) -> None:
     coarsely(monkeypatch)
-    rng, hits, n = np.random.default_rng(1), np.zeros(2), 60
-    for _ in range(n):
-        shared, middle, apart = rng.logistic(0, 0.1, 6), rng.uniform(-1, 1), rng.uniform(-1, 1)
-        one, other = (searched(at + shared, 0.3, rng) for at in (middle, middle + apart))
-        for i, (found, truth) in enumerate([(one.limit, middle), (ratio(one, other).interval, apart)]):
-            hits[i] += found.low <= math.exp(truth) <= found.high
-    assert (hits >= 52).all()  # of 60 at 0.95: fewer in one of 500 runs
+    limit, both, *_ = calibrate.simulate(calibrate.logistic(0.1), 0.3, True, 6, 40)
+    assert limit.sum() >= 34 and both.sum() >= 34  # of 40 at 0.95: fewer in one of 300 runs
 
 
 def coarsely(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,36 +213,22 @@ def coarsely(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(curve, constant, value)
 
 
-def searched(limits: Any, within: float, rng: Any) -> Searched:
-    """An arm whose sessions have these log limits."""
-    grid, seen, rows = Grid(1.0, 1.2, 0.02, 50.0), dict[int, Seen](), list[Any]()
-    while step := next_step(seen, grid):
-        rate = grid.rate(step.place)
-        failed = rng.random(len(limits)) < expit((math.log(rate) - limits) / within)
-        rows += [SimpleNamespace(session=i, rate=rate, failed=int(bad)) for i, bad in enumerate(failed)]
-        seen[step.place] = Seen(len(limits), int(failed.sum()), 0)
-    for row in rows:
-        row.reason = "loss" if row.failed else ""
-    return Searched("arm", rows, grid)
-
-
 def test_wilsons_interval_of_a_share() -> None:
     assert proportion_interval(0, 8) == pytest.approx((0, 0.3244), abs=1e-3)
 
 
 def test_an_arm_that_trains_nowhere_has_no_limit_and_none_is_invented(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, calibrate: ModuleType
 ) -> None:
     coarsely(monkeypatch)
-    rng = np.random.default_rng(0)
-    never, some = searched(np.full(8, -99.0), 0.1, rng), searched(np.zeros(8), 0.1, rng)
+    rng, grid = np.random.default_rng(0), Grid(1.0, 1.2, 0.02, 50.0)
+    never, some, always = (calibrate.search(np.full(8, at), 0.1, rng, grid) for at in (-99.0, 0.0, 99.0))
     assert (never.limit.low, never.limit.high) == (0, math.inf) and never.too_small == []
     assert never.fails_from == min(never.seen) and never.trained_to is None
     found = ratio(some, never)
     assert found.verdict == "inconclusive" and page.value_words(found.interval) == "-"
     said = page.sentences(never, found)
     assert "at none of" in said[0] and "do not bound the ratio" in said[1] and len(said) == 2
-    always = searched(np.full(8, 99.0), 0.1, rng)
     assert always.limit.value == always.limit.high == math.inf and 35 < always.limit.low < 50
     assert page.span(always.limit).startswith("above ")
     assert page.comparison("always", ratio(some, always)).startswith(

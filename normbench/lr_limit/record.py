@@ -1,7 +1,7 @@
 """What a search leaves on the disk: every trial, a row that is written at once, and the range tests.
 
 A folder belongs to one question. Its trials are known by setting, seed, session and rate; so the same command
-goes on where it was stopped, and one with more sessions or a finer resolution starts from what is there.
+goes on where it was stopped, and one with more sessions, or other arms, starts from what is there.
 """
 
 import csv
